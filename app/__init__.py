@@ -1,0 +1,1 @@
+"""The demo of vishub: a Gradio page with one tab a task."""

@@ -1,0 +1,71 @@
+"""What every family's `_create_<family>` calls instead of `timm.models.build_model_with_cfg`.
+
+timm's own builder does almost all of it. Three things are ours:
+
+* `create_model('favit_b2')` without weights gives the published architecture (1000 classes), although timm would
+  take the class count of the first tag that has weights;
+* a tag may need constructor arguments of its own (`favit_b2.cifar10` has a smaller window), which timm can only
+  express for Hub names;
+* `pretrained=True` asks the weight resolver, which the hub sets, so that the checkout's `weights/`, the cache and
+  the Hub are searched in that order and checksums are verified, for plain `timm.create_model` too.
+"""
+import dataclasses
+from typing import Any, Callable, Dict, Mapping, Optional, Type, Union
+
+from timm.models import build_model_with_cfg
+from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from torch import nn
+
+__all__ = ['build_model', 'set_weight_resolver']
+
+# (name 'arch.tag', its cfg) -> the cfg to load from, usually with `file` set to a verified local path.
+WeightResolver = Callable[[str, PretrainedCfg], PretrainedCfg]
+
+_weight_resolver: Optional[WeightResolver] = None
+
+
+def set_weight_resolver(resolver: Optional[WeightResolver]) -> None:
+    """Set the function that turns a registered weight into a verified local file (called by `vishub.hub`)."""
+    global _weight_resolver
+    _weight_resolver = resolver
+
+
+def build_model(
+        model_cls: Type[nn.Module],
+        variant: str,
+        pretrained: bool,
+        default_cfgs: Mapping[str, DefaultCfg],
+        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
+        tag_args: Optional[Mapping[str, Mapping[str, Any]]] = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """Build `variant` as timm does, choosing the configuration and the place of the weights as vishub promises.
+
+    Args:
+        model_cls: Model class.
+        variant: Architecture name, e.g. `favit_b2`.
+        pretrained: Load weights.
+        default_cfgs: The family's `generate_default_cfgs(...)` table.
+        pretrained_cfg: Tag name, or a whole configuration (as timm passes for `hf-hub:` and `local-dir:` names).
+        tag_args: `{'arch.tag': constructor arguments}` of tags whose model differs from the plain architecture.
+        **kwargs: Passed to `timm.models.build_model_with_cfg`.
+
+    Raises:
+        RuntimeError: If `pretrained` is true and the architecture has no weights, or none of that name.
+    """
+    if pretrained_cfg is None or isinstance(pretrained_cfg, str):
+        cfgs = default_cfgs[variant].cfgs
+        tag = pretrained_cfg
+        if not tag:
+            tag = next((t for t, cfg in cfgs.items() if cfg.has_weights), '') if pretrained else ''
+        cfg = cfgs[tag]
+        name = f'{variant}.{tag}' if tag else variant
+        cfg = dataclasses.replace(cfg, architecture=variant, tag=tag or None)
+        for key, value in (tag_args or {}).get(name, {}).items():
+            kwargs.setdefault(key, value)
+        overlay = kwargs.get('pretrained_cfg_overlay') or {}
+        has_own_source = any(overlay.get(key) for key in ('url', 'file', 'state_dict', 'hf_hub_id'))
+        if pretrained and not has_own_source and _weight_resolver is not None:
+            cfg = _weight_resolver(name, cfg)
+        pretrained_cfg = cfg
+    return build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
