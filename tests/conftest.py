@@ -1,0 +1,25 @@
+"""What every test shares: threads kept to the machine, no network, and the `gpu` and `browser` marks."""
+import os
+
+# Nothing in the suite may reach out: a test that needs a Hub starts its own on loopback and says so.
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
+os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
+os.environ.setdefault('MPLBACKEND', 'Agg')
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if 'gpu' in item.keywords:
+            item.add_marker(pytest.mark.skip(reason='no CUDA device (gpu)'))
+
+
+@pytest.fixture(autouse=True)
+def _same_seed_for_every_test():
+    torch.manual_seed(0)
