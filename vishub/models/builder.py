@@ -10,6 +10,7 @@ timm's own builder does almost all of it. Three things are ours:
   the Hub are searched in that order and checksums are verified, for plain `timm.create_model` too.
 """
 import dataclasses
+from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional, Type, Union
 
 from timm.models import build_model_with_cfg
@@ -18,8 +19,8 @@ from torch import nn
 
 __all__ = ['build_model', 'set_weight_resolver']
 
-# (name 'arch.tag', its cfg) -> the cfg to load from, usually with `file` set to a verified local path.
-WeightResolver = Callable[[str, PretrainedCfg], PretrainedCfg]
+# (name 'arch.tag', its cfg, cache_dir) -> the cfg to load from, usually with `file` set to a verified local path.
+WeightResolver = Callable[[str, PretrainedCfg, Optional[Union[str, Path]]], PretrainedCfg]
 
 _weight_resolver: Optional[WeightResolver] = None
 
@@ -53,19 +54,25 @@ def build_model(
     Raises:
         RuntimeError: If `pretrained` is true and the architecture has no weights, or none of that name.
     """
+    model_args: Dict[str, Any] = {}
     if pretrained_cfg is None or isinstance(pretrained_cfg, str):
         cfgs = default_cfgs[variant].cfgs
         tag = pretrained_cfg
         if not tag:
             tag = next((t for t, cfg in cfgs.items() if cfg.has_weights), '') if pretrained else ''
+        if tag not in cfgs:
+            raise RuntimeError(f"'{variant}' has no weights '{tag}'; it has: {', '.join(t for t in cfgs if t) or 'none'}.")
         cfg = cfgs[tag]
         name = f'{variant}.{tag}' if tag else variant
         cfg = dataclasses.replace(cfg, architecture=variant, tag=tag or None)
         for key, value in (tag_args or {}).get(name, {}).items():
             kwargs.setdefault(key, value)
+            model_args[key] = kwargs[key]
         overlay = kwargs.get('pretrained_cfg_overlay') or {}
         has_own_source = any(overlay.get(key) for key in ('url', 'file', 'state_dict', 'hf_hub_id'))
         if pretrained and not has_own_source and _weight_resolver is not None:
-            cfg = _weight_resolver(name, cfg)
+            cfg = _weight_resolver(name, cfg, kwargs.get('cache_dir'))
         pretrained_cfg = cfg
-    return build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
+    model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
+    model._model_args = model_args  # timm adds the caller's own; saving the model writes them to its config.json
+    return model

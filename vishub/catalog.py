@@ -1,0 +1,274 @@
+"""The one table: which families and architectures there are, what they are for, and which weights exist.
+
+Data, read by everybody; it imports nothing of ours, no torch and no timm. Counts (parameters, multiply-accumulates)
+are not here: they are computed from the models (`vishub info`).
+
+To add weights: save them with `vishub.hub.save_folder`, then paste what `vishub.hub.catalog_row(folder)` returns into
+`_WEIGHTS`. A test compares every row with the file.
+"""
+import difflib
+from dataclasses import dataclass
+from typing import Iterable, Optional, Tuple, Union
+
+__all__ = [
+    'Architecture', 'Family', 'UnknownNameError', 'Weight',
+    'architectures', 'families', 'family', 'find', 'tasks', 'unknown', 'weights',
+]
+
+
+class UnknownNameError(ValueError, RuntimeError):
+    """A model, weight or task name that vishub does not have; the message names the nearest three.
+
+    Also a RuntimeError, because that is what timm raises for an unknown model.
+    """
+
+
+@dataclass(frozen=True)
+class Family:
+    """Architectures from one paper.
+
+    Attributes:
+        name: File name in `vishub/models`.
+        task: What its models are for; also the folder in `vishub/tasks`.
+        title: Title of the paper.
+        arxiv: arXiv identifier.
+        repository: GitHub `owner/name` of the official code, empty if there is none.
+        code_licence: Licence of the official code. Ours is written anew and is Apache-2.0.
+        notes: What a user should know: venue, official weights, and how near ours is to the paper's.
+    """
+    name: str
+    task: str
+    title: str
+    arxiv: str
+    repository: str
+    code_licence: str
+    notes: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One registered model.
+
+    Attributes:
+        name: Name in timm's registry, e.g. `favit_b2`.
+        family: Name of its `Family`.
+        input: Shape of the default input without the batch, e.g. (3, 224, 224) for channels, height, width.
+    """
+    name: str
+    family: str
+    input: Tuple[int, ...]
+
+    @property
+    def task(self) -> str:
+        return family(self.family).task
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One set of trained weights: a folder `weights/<name>`, a Hub repository `vishub/<name>`.
+
+    Attributes:
+        name: `<architecture>.<tag>`.
+        data: Data set it was trained on.
+        metric: Name of the metric in its `metrics.json`, e.g. `top1`.
+        value: That metric on the test split, in its own unit (per cent for accuracies).
+        sha256: Of `model.safetensors`, 64 lower-case hexadecimal digits.
+        size: Of `model.safetensors`, in bytes.
+        licence: SPDX identifier of the weights' licence.
+    """
+    name: str
+    data: str
+    metric: str
+    value: float
+    sha256: str
+    size: int
+    licence: str
+
+    @property
+    def architecture(self) -> str:
+        return self.name.partition('.')[0]
+
+    @property
+    def tag(self) -> str:
+        return self.name.partition('.')[2]
+
+    @property
+    def hub_id(self) -> str:
+        return f'vishub/{self.name}'
+
+
+_FAMILIES = (
+    Family(
+        name='favit',
+        task='classification',
+        title='Factorization Vision Transformer: Modeling Long Range Dependency with Local Window Cost',
+        arxiv='2312.08614',
+        repository='q2479036243/FaViT',
+        code_licence='no licence file',
+        notes='IEEE TNNLS 2023. No official weights. Same numbers as the official code.',
+    ),
+    Family(
+        name='fcaformer',
+        task='classification',
+        title='Fcaformer: Forward Cross Attention in Hybrid Vision Transformer',
+        arxiv='2211.07198',
+        repository='hkzhang-git/FcaFormer',
+        code_licence='no licence file',
+        notes='ICCV 2023. One official ImageNet checkpoint (L2), without a licence.',
+    ),
+    Family(
+        name='fmvit',
+        task='classification',
+        title='FMViT: A multiple-frequency mixing Vision Transformer',
+        arxiv='2311.05707',
+        repository='tany0699/FMViT',
+        code_licence='Apache-2.0',
+        notes='Preprint. A reconstruction: the authors published neither code nor weights.',
+    ),
+    Family(
+        name='nvit',
+        task='classification',
+        title='Global Vision Transformer Pruning with Hessian-Aware Saliency',
+        arxiv='2110.04869',
+        repository='NVlabs/NViT',
+        code_licence='NVIDIA Source Code License-NC',
+        notes='CVPR 2023. Official weights are CC BY-NC-SA 4.0 (non-commercial) and are never downloaded.',
+    ),
+    Family(
+        name='lit',
+        task='generation',
+        title='LiT: Delving into a Simple Linear Diffusion Transformer for Image Generation',
+        arxiv='2501.12976',
+        repository='',
+        code_licence='not published',
+        notes='ICCV 2025. With DiT (arXiv 2212.09748), whose code and weights are CC BY-NC 4.0.',
+    ),
+    Family(
+        name='deeprftv2',
+        task='deblurring',
+        title='DeepRFTv2: Kernel-level Learning for Image Deblurring',
+        arxiv='2511.21132',
+        repository='INVOKERer/DeepRFTv2',
+        code_licence='no licence file',
+        notes='Preprint. No download of the official weights was found.',
+    ),
+    Family(
+        name='predformer',
+        task='video_prediction',
+        title='Video Prediction Transformers without Recurrence or Convolution',
+        arxiv='2410.04733',
+        repository='yyyujintang/PredFormer',
+        code_licence='no licence file',
+        notes='Preprint. setup.py of the official code says Apache-2.0. No official weights.',
+    ),
+    Family(
+        name='bactrack',
+        task='tracking',
+        title='BACTrack: Building Appearance Collection for Aerial Tracking',
+        arxiv='2312.06136',
+        repository='',
+        code_licence='not published',
+        notes='IEEE TCSVT 2024. BACTrack-style, not a reproduction: only the abstract could be read.',
+    ),
+    Family(
+        name='astr',
+        task='video_segmentation',
+        title='Towards a Benchmark for Colorectal Cancer Segmentation in Endorectal Ultrasound Videos: '
+              'Dataset and Model Development',
+        arxiv='2408.10067',
+        repository='yuncheng97/ASTR',
+        code_licence='Apache-2.0',
+        notes='MICCAI 2024. Official weights have no stated licence; the data set is for non-commercial research.',
+    ),
+    Family(
+        name='mambaclinix',
+        task='volume_segmentation',
+        title='MambaClinix: Hierarchical Gated Convolution and Mamba-Based U-Net for Enhanced 3D Medical Image '
+              'Segmentation',
+        arxiv='2409.12533',
+        repository='CYB08/MambaClinix-PyTorch',
+        code_licence='Apache-2.0',
+        notes='Preprint. No official weights.',
+    ),
+    Family(
+        name='conslide',
+        task='slide_analysis',
+        title='ConSlide: Asynchronous Hierarchical Interaction Transformer with Breakup-Reorganize Rehearsal for '
+              'Continual Whole Slide Image Analysis',
+        arxiv='2308.13324',
+        repository='HKU-MedAI/ConSlide',
+        code_licence='no licence file',
+        notes='ICCV 2023. No official weights.',
+    ),
+)
+
+_ARCHITECTURES = (
+    Architecture('favit_b0', 'favit', (3, 224, 224)),
+    Architecture('favit_b1', 'favit', (3, 224, 224)),
+    Architecture('favit_b2', 'favit', (3, 224, 224)),
+    Architecture('favit_b3', 'favit', (3, 224, 224)),
+    Architecture('favit_small64', 'favit', (3, 64, 64)),
+)
+
+# name, data, metric, value, sha256, size, licence
+_WEIGHTS: Tuple[Weight, ...] = ()
+
+
+def families() -> Tuple[Family, ...]:
+    """All families, whether or not their architectures are here yet."""
+    return _FAMILIES
+
+
+def family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        UnknownNameError: If there is none.
+    """
+    for row in _FAMILIES:
+        if row.name == name:
+            return row
+    raise unknown('family', name, (row.name for row in _FAMILIES))
+
+
+def tasks() -> Tuple[str, ...]:
+    """The tasks that the families serve, in the table's order."""
+    return tuple(dict.fromkeys(row.task for row in _FAMILIES))
+
+
+def architectures(task: Optional[str] = None) -> Tuple[Architecture, ...]:
+    """The architectures, all or those of one task.
+
+    Raises:
+        UnknownNameError: If there is no such task.
+    """
+    if task is not None and task not in tasks():
+        raise unknown('task', task, tasks())
+    return tuple(row for row in _ARCHITECTURES if task is None or row.task == task)
+
+
+def weights(architecture: Optional[str] = None) -> Tuple[Weight, ...]:
+    """The trained weights, all or those of one architecture."""
+    return tuple(row for row in _WEIGHTS if architecture is None or row.architecture == architecture)
+
+
+def find(name: str) -> Union[Architecture, Weight]:
+    """The row of an architecture (`favit_b2`) or of weights (`favit_b2.cifar10`); a prefix `vishub/` may stay.
+
+    Raises:
+        UnknownNameError: If there is none; the message names the nearest three.
+    """
+    wanted = name[len('vishub/'):] if name.startswith('vishub/') else name
+    rows = _ARCHITECTURES + weights()
+    for row in rows:
+        if row.name == wanted:
+            return row
+    raise unknown('model', name, (row.name for row in rows))
+
+
+def unknown(kind: str, name: str, names: Iterable[str]) -> UnknownNameError:
+    """The error for a name that is none of `names`, with the three that are nearest to it in spelling."""
+    bare = name.rpartition('/')[2].lower()
+    nearest = difflib.get_close_matches(bare, sorted(names), n=3, cutoff=0.0)
+    hint = f' Nearest: {", ".join(nearest)}.' if nearest else ''
+    return UnknownNameError(f"Unknown {kind} '{name}'.{hint}")
