@@ -1,0 +1,2 @@
+"""Every family of models, one file each. Importing this package registers them all with timm."""
+from vishub.models import favit  # noqa: F401
