@@ -208,6 +208,12 @@ _ARCHITECTURES = (
     Architecture('favit_b2', 'favit', (3, 224, 224)),
     Architecture('favit_b3', 'favit', (3, 224, 224)),
     Architecture('favit_small64', 'favit', (3, 64, 64)),
+    Architecture('fmvit_nano', 'fmvit', (3, 64, 64)),
+    Architecture('fmvit_tiny', 'fmvit', (3, 224, 224)),
+    Architecture('fmvit_small', 'fmvit', (3, 224, 224)),
+    Architecture('fmvit_medium', 'fmvit', (3, 224, 224)),
+    Architecture('fmvit_base', 'fmvit', (3, 224, 224)),
+    Architecture('fmvit_large', 'fmvit', (3, 224, 224)),
 )
 
 # name, data, metric, value, sha256, size, licence
