@@ -1,1 +1,50 @@
+"""A hub of vision models for PyTorch.
+
+`import vishub` registers every architecture with timm, so that `timm.create_model('vishub/favit_b2')` works, and lets
+`pretrained=True` look in `weights/`, the Hub cache and the Hub. Everything else is loaded when it is first used.
+"""
+import importlib
+from typing import TYPE_CHECKING, Any, List
+
+from vishub import models as models  # registers the architectures
+from vishub.hub import find as _find
+from vishub.models import builder as _builder, namespace as _namespace
+
+if TYPE_CHECKING:
+    from vishub.catalog import UnknownNameError
+    from vishub.errors import InputError, MissingExtraError, WeightsNotFoundError
+    from vishub.models.namespace import create_model, list_models
+    from vishub.tasks import pipeline
+
 __version__ = "0.1.0"
+
+__all__ = [
+    'InputError', 'MissingExtraError', 'UnknownNameError', 'WeightsNotFoundError',
+    'create_model', 'list_models', 'pipeline',
+]
+
+_namespace.install()
+_builder.set_weight_resolver(_find.resolve)
+
+# public name -> module that has it
+_PUBLIC = {
+    'InputError': 'vishub.errors',
+    'MissingExtraError': 'vishub.errors',
+    'UnknownNameError': 'vishub.catalog',
+    'WeightsNotFoundError': 'vishub.errors',
+    'create_model': 'vishub.models.namespace',
+    'list_models': 'vishub.models.namespace',
+    'pipeline': 'vishub.tasks',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'vishub' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value  # found directly next time
+    return value
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -61,7 +61,8 @@ def build_model(
         if not tag:
             tag = next((t for t, cfg in cfgs.items() if cfg.has_weights), '') if pretrained else ''
         if tag not in cfgs:
-            raise RuntimeError(f"'{variant}' has no weights '{tag}'; it has: {', '.join(t for t in cfgs if t) or 'none'}.")
+            known = ', '.join(t for t in cfgs if t) or 'none'
+            raise RuntimeError(f"'{variant}' has no weights '{tag}'; it has: {known}.")
         cfg = cfgs[tag]
         name = f'{variant}.{tag}' if tag else variant
         cfg = dataclasses.replace(cfg, architecture=variant, tag=tag or None)
@@ -74,5 +75,6 @@ def build_model(
             cfg = _weight_resolver(name, cfg, kwargs.get('cache_dir'))
         pretrained_cfg = cfg
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
-    model._model_args = model_args  # timm adds the caller's own; saving the model writes them to its config.json
+    # timm adds the caller's own later; saving the model writes them all to its config.json.
+    model._model_args = {**model_args, **getattr(model, '_model_args', {})}
     return model

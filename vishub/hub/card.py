@@ -1,0 +1,256 @@
+"""The model card of a weights folder: Hub front matter, then facts. Every figure comes from `metrics.json`."""
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+import timm
+
+from vishub import catalog
+
+__all__ = ['model_card']
+
+# our task -> the Hub's name for it
+_PIPELINE_TAGS = {
+    'classification': 'image-classification',
+    'generation': 'unconditional-image-generation',
+    'deblurring': 'image-to-image',
+    'video_prediction': 'other',
+    'tracking': 'object-detection',
+    'video_segmentation': 'image-segmentation',
+    'volume_segmentation': 'image-segmentation',
+    'slide_analysis': 'image-classification',
+}
+_METRIC_TITLES = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'ece': 'Calibration error (%)'}
+
+
+def model_card(
+        name: str,
+        *,
+        num_params: int,
+        config: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        card: Mapping[str, Any],
+) -> str:
+    """The text of `README.md`.
+
+    Args:
+        name: Name of the weights, `<arch>.<tag>`.
+        num_params: Parameters of the model.
+        config: The folder's config.json.
+        metrics: The folder's metrics.json (layout in `vishub/hub/folder.py`).
+        card: 'licence', 'limits', 'datasets', 'description', 'robustness_plot'; each optional.
+    """
+    family = _family(config['architecture'])
+    sections = [
+        _front_matter(name, family, metrics, card),
+        f'# {name}\n',
+        _what(family, num_params, config, metrics, card),
+        _results(metrics),
+        _use(name, config),
+        _training(metrics),
+        _peers(name, num_params, metrics),
+        _robustness(metrics, card),
+        _limits(config, metrics, card),
+        _file(metrics),
+    ]
+    return '\n'.join(section for section in sections if section)
+
+
+def _family(architecture: str) -> Optional[catalog.Family]:
+    """The catalogue's family, or None for a model that is not vishub's (a peer, say)."""
+    for row in catalog.architectures():
+        if row.name == architecture:
+            return catalog.family(row.family)
+    return None
+
+
+def _front_matter(
+        name: str,
+        family: Optional[catalog.Family],
+        metrics: Mapping[str, Any],
+        card: Mapping[str, Any],
+) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task = _PIPELINE_TAGS[family.task if family else 'classification']
+    data_id = next(iter(card.get('datasets', ())), metrics['data'])
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=data_id,
+            dataset_name=metrics['data'],
+            dataset_split=metrics['split'],
+            metric_type=key,
+            metric_name=_METRIC_TITLES.get(key, key),
+            metric_value=value,
+        )
+        for key, value in _figures(metrics['metrics']).items()
+    ]
+    data = ModelCardData(
+        library_name='timm',
+        pipeline_tag=task,
+        license=card.get('licence', 'apache-2.0'),
+        tags=['timm', 'vishub', task],
+        datasets=list(card.get('datasets', ())) or None,
+        metrics=list(_figures(metrics['metrics'])),
+        model_name=name,
+        eval_results=results,
+    )
+    return f'---\n{data.to_yaml()}\n---\n'
+
+
+def _what(
+        family: Optional[catalog.Family],
+        num_params: int,
+        config: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        card: Mapping[str, Any],
+) -> str:
+    size = 'x'.join(str(n) for n in config['pretrained_cfg']['input_size'])
+    lines = [
+        card.get('description') or f'`{config["architecture"]}` trained on {metrics["data"]}.',
+        '',
+        f'- Architecture: `{config["architecture"]}`, {num_params:,} parameters, input {size}, '
+        f'{config["num_classes"]} classes',
+    ]
+    if family:
+        repository = family.repository and f'https://github.com/{family.repository}'
+        lines += [
+            f'- Paper: [{family.title}](https://arxiv.org/abs/{family.arxiv})',
+            f'- Official code: {repository or "none"} (licence: {family.code_licence}); '
+            'the code here is written anew under Apache-2.0',
+            f'- Note: {family.notes}',
+        ]
+    lines.append(f'- Licence of these weights: {card.get("licence", "apache-2.0")}')
+    return '\n'.join(lines) + '\n'
+
+
+def _results(metrics: Mapping[str, Any]) -> str:
+    rows = []
+    for key, value in _figures(metrics['metrics']).items():
+        low_high = metrics['metrics'].get(f'{key}_ci95')
+        rows.append([_METRIC_TITLES.get(key, key), _number(value), _interval(low_high)])
+    return (
+        f'## Results\n\nMeasured on the stored weights: {metrics["data"]}, {metrics["split"]}, '
+        f'{metrics["num_test"]:,} items.\n\n' + _table(['Metric', 'Value', '95 % interval'], rows)
+    )
+
+
+def _use(name: str, config: Mapping[str, Any]) -> str:
+    registered = name in timm.list_models(config['architecture'], include_tags=True)
+    source = name if registered else f'local-dir:{name}'
+    channels = config['pretrained_cfg']['input_size'][0]
+    shape = ', '.join(str(n) for n in (1, *config['pretrained_cfg']['input_size']))
+    label = "model.pretrained_cfg['label_names'][int(best)]" if config.get('label_names') else 'int(best)'
+    return f"""## Use
+
+```python
+import timm
+import torch
+import vishub
+from PIL import Image
+
+model = vishub.create_model('{source}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = transform(Image.open('picture.jpg').convert('{'L' if channels == 1 else 'RGB'}'))[None]  # {shape}
+with torch.inference_mode():
+    probability, best = model(image).softmax(-1)[0].max(0)
+print({label}, float(probability))
+```
+"""
+
+
+def _training(metrics: Mapping[str, Any]) -> str:
+    training = metrics['training']
+    recipe = training['recipe']
+    if isinstance(recipe, Mapping):
+        recipe = ', '.join(f'{key} {value}' for key, value in recipe.items())
+    return f"""## Training
+
+- Data: {metrics['data']}
+- Recipe: {recipe}
+- Epochs: {training['epochs']}, seed {training['seed']}
+- Time: {_duration(training['wall_s'])} on {training['hardware']}
+
+```sh
+{training['command']}
+```
+"""
+
+
+def _peers(name: str, num_params: int, metrics: Mapping[str, Any]) -> str:
+    peers = metrics.get('peers')
+    if not peers:
+        return ''
+    keys = list(_figures(metrics['metrics']))
+    own = {
+        'name': f'**{name}**',
+        'num_params': num_params,
+        'metrics': metrics['metrics'],
+        'wall_s': metrics['training']['wall_s'],
+    }
+    rows = [
+        [
+            entry['name'],
+            f'{entry["num_params"]:,}',
+            *(_number(entry['metrics'].get(key)) for key in keys),
+            _duration(entry.get('wall_s')),
+        ]
+        for entry in (own, *peers)
+    ]
+    header = ['Model', 'Parameters', *(_METRIC_TITLES.get(key, key) for key in keys), 'Training time']
+    return '## Peers under the same budget\n\n' + _table(header, rows)
+
+
+def _robustness(metrics: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+    robustness = metrics.get('robustness')
+    if not robustness:
+        return ''
+    rows = [
+        [model, corruption, *(_number(value) for value in values)]
+        for model, corruptions in robustness['models'].items()
+        for corruption, values in corruptions.items()
+    ]
+    title = _METRIC_TITLES.get(robustness['metric'], robustness['metric'])
+    header = ['Model', 'Corruption', *(f'severity {n}' for n in robustness['severities'])]
+    plot = card.get('robustness_plot')
+    image = f'\n![{title} under corruption]({plot})\n' if plot else ''
+    return f'## Robustness\n\n{title} on the test split, corrupted at rising severity.\n\n{_table(header, rows)}{image}'
+
+
+def _limits(config: Mapping[str, Any], metrics: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+    limits = [
+        f'It knows the {config["num_classes"]} classes of {metrics["data"]} and calls everything one of them.',
+        *card.get('limits', ()),
+    ]
+    return '## Limits\n\n' + ''.join(f'- {sentence}\n' for sentence in limits)
+
+
+def _file(metrics: Mapping[str, Any]) -> str:
+    return f'## File\n\n`model.safetensors`, {metrics["size"]:,} bytes, SHA-256 `{metrics["sha256"]}`\n'
+
+
+def _figures(metrics: Mapping[str, Any]) -> Dict[str, float]:
+    """The single numbers, without intervals and tables (such as a per-class report)."""
+    return {
+        key: value for key, value in metrics.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines: List[Sequence[str]] = [header, ['---'] * len(header), *rows]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def _number(value: Optional[float]) -> str:
+    return '–' if value is None else f'{value:.2f}'
+
+
+def _interval(low_high: Optional[Sequence[float]]) -> str:
+    return '–' if low_high is None else f'{low_high[0]:.2f} to {low_high[1]:.2f}'
+
+
+def _duration(seconds: Optional[float]) -> str:
+    if seconds is None:
+        return '–'
+    minutes = seconds / 60
+    return f'{minutes:.0f} min' if minutes < 120 else f'{minutes / 60:.1f} h'
