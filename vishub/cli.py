@@ -2,9 +2,12 @@
 
 Exit codes: 0 done, 1 a fault in vishub (with a traceback), 2 something the user can put right (one sentence).
 """
+import importlib.util
 import os
 import sys
-from typing import Optional, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import List, Optional, Sequence
 
 import typer
 
@@ -26,6 +29,140 @@ app = typer.Typer(
 def _vishub() -> None:
     # Keeps the verbs verbs: typer would make a lone one the whole command.
     pass
+
+
+train_app = typer.Typer(no_args_is_help=True, help='Train a model on your data.')
+app.add_typer(train_app, name='train')
+
+
+@train_app.command('classification')
+def train_classification(
+        model: str = typer.Option(..., help='Model name, e.g. favit_b2; any model of timm will do.'),
+        data: Path = typer.Option(..., help='Image folder, CIFAR-10 or Fashion-MNIST folder, packed CIFAR-10 (.npz).'),
+        output: Path = typer.Option(..., help='Folder for the checkpoint, the logs and the finished weights.'),
+        resolution: str = typer.Option('64:10', help='side:epochs, one after the other, as in 40:6,64:4.'),
+        model_arg: List[str] = typer.Option([], help='Argument of the model, as in window_size=3; repeatable.'),
+        tag: Optional[str] = typer.Option(None, help='Tag of the weights; the name of the data by default.'),
+        batch_size: int = typer.Option(128, help='Images a process and forward pass.'),
+        grad_accum: int = typer.Option(1, help='Forward passes an optimizer step.'),
+        opt: str = typer.Option('adamw', help="Optimizer, by timm's names."),
+        lr: float = typer.Option(1e-3, help='Peak learning rate.'),
+        min_lr: float = typer.Option(1e-6, help='Last learning rate.'),
+        warmup: float = typer.Option(0.05, help='Share of the steps with rising learning rate.'),
+        weight_decay: float = typer.Option(0.05, help='Weight decay; never on vectors.'),
+        clip_grad: float = typer.Option(1.0, help='Largest gradient norm; 0 for none.'),
+        ema_decay: Optional[float] = typer.Option(None, help='Decay of the averaged weights; 0 for none.'),
+        augmentation: str = typer.Option('medium', help='none, light, medium or heavy.'),
+        label_smoothing: float = typer.Option(0.1, help='Label smoothing.'),
+        mixup: float = typer.Option(0.2, help='Alpha of mixup; 0 for none.'),
+        cutmix: float = typer.Option(0.0, help='Alpha of cutmix; 0 for none.'),
+        mix_prob: float = typer.Option(1.0, help='Share of the batches that are mixed.'),
+        validate_on: str = typer.Option('val', help='val, test, or none (then all training images are trained on).'),
+        in_chans: int = typer.Option(3, help='Channels of an image folder: 3, or 1 for grey.'),
+        amp: str = typer.Option('no', help='no, bf16 or fp16.'),
+        device: str = typer.Option('auto', help='auto or cpu.'),
+        compile: bool = typer.Option(False, '--compile', help='Use torch.compile.'),
+        channels_last: bool = typer.Option(False, '--channels-last', help='Channels-last memory order.'),
+        seed: int = typer.Option(0, help='Seed of all randomness.'),
+        num_workers: int = typer.Option(0, help='Loader processes.'),
+        num_threads: int = typer.Option(0, help="CPU threads; 0 for torch's own choice."),
+        checkpoint_every: int = typer.Option(200, help='Steps between checkpoints; 0: at the ends of epochs only.'),
+        validate_every: int = typer.Option(1, help='Epochs between validations; 0 for none.'),
+        time_limit: float = typer.Option(0.0, help='Stop cleanly after so many minutes; 0 for no limit.'),
+        resume: bool = typer.Option(True, help='Continue from the checkpoint in the output folder, if there is one.'),
+        progress: bool = typer.Option(True, help='Show a progress bar.'),
+) -> None:
+    """Train an image classifier; the same command continues a run that was stopped.
+
+    Writes OUTPUT/<model>.<tag>/ (weights in timm's Hub layout, with figures measured on them), log.csv, training.log
+    and checkpoint.safetensors.
+    """
+    import shlex
+
+    from vishub.tasks.classification.training import ClassificationRecipe, parse_model_args
+    from vishub.training import TrainConfig, parse_resolution, train
+
+    config = TrainConfig(
+        output=output, resolution=parse_resolution(resolution), batch_size=batch_size, grad_accum=grad_accum, opt=opt,
+        lr=lr, min_lr=min_lr, warmup=warmup, weight_decay=weight_decay, clip_grad=clip_grad, ema_decay=ema_decay,
+        amp=amp, device=device, channels_last=channels_last, compile=compile, seed=seed, num_workers=num_workers,
+        num_threads=num_threads, checkpoint_every=checkpoint_every, validate_every=validate_every,
+        time_limit=time_limit, resume=resume, progress=progress)
+    recipe = ClassificationRecipe(
+        model, data, model_args=parse_model_args(model_arg), augmentation=augmentation,
+        label_smoothing=label_smoothing, mixup=mixup, cutmix=cutmix, mix_prob=mix_prob, validate_on=validate_on,
+        in_chans=in_chans, seed=seed, tag=tag, command='vishub ' + shlex.join(sys.argv[1:]))
+    result = train(recipe, config)
+    if not result.finished:
+        typer.echo(f'stopped at step {result.step}; the same command continues from {result.checkpoint}')
+    else:
+        typer.echo(f'weights and figures: {result.folder}')
+
+
+@app.command('demo')
+def demo(
+        host: str = typer.Option('127.0.0.1', help='Address to listen at; 0.0.0.0 for all of this machine.'),
+        port: int = typer.Option(7860, help='Port to listen at.'),
+        open_browser: bool = typer.Option(False, '--open/--no-open', help='Open the page in your browser.'),
+) -> None:
+    """Serve the demo page: try the models on your own pictures. Set VISHUB_WEIGHTS to folders of your own weights."""
+    from vishub.errors import import_extra
+
+    import_extra('gradio', 'app')
+    _import_demo().launch(host=host, port=port, open_browser=open_browser)
+
+
+def _import_demo() -> ModuleType:
+    """The demo's main module: `vishub._app` of the wheel, or the folder `app/` of the checkout under that name."""
+    name = 'vishub._app'
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        folder = Path(__file__).resolve().parent.parent / 'app'
+        spec = importlib.util.spec_from_file_location(
+            name, folder / '__init__.py', submodule_search_locations=[str(folder)])
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return importlib.import_module(f'{name}.main')
+
+
+@app.command()
+def predict(
+        model: str = typer.Argument(..., help="Model name, e.g. favit_b2.cifar10; 'vishub list' shows them."),
+        inputs: List[str] = typer.Argument(..., metavar='INPUT...', help='Pictures, or folders of them.'),
+        output: Optional[Path] = typer.Option(None, help='Folder for NAME.prediction.json and NAME.prediction.png.'),
+        as_json: bool = typer.Option(False, '--json', help='Print one JSON array and nothing else on stdout.'),
+        device: Optional[str] = typer.Option(None, help='cpu, cuda, cuda:1 or mps; the best one here by default.'),
+        top_k: int = typer.Option(5, min=1, help='How many classes to show.'),
+        heatmap: bool = typer.Option(False, '--heatmap', help='Also find where the evidence for the first class lies.'),
+) -> None:
+    """Say what is in pictures.
+
+    A picture that cannot be used is reported on stderr in one sentence and the others go on; the exit code is then 1,
+    or 2 if none could be used.
+    """
+    import json
+
+    import vishub
+    from vishub.tasks.batch import predict_files
+
+    pipe = vishub.pipeline(model=model, device=device)
+    results = []
+    failed = 0
+    for path, outcome in predict_files(pipe, inputs, output, top_k=top_k, heatmap=heatmap):
+        if isinstance(outcome, vishub.InputError):
+            failed += 1
+            typer.echo(f'vishub: {outcome}', err=True)
+            continue
+        results.append(outcome)
+        for warning in outcome.warnings:
+            typer.echo(f'vishub: {path}: {warning}', err=True)
+        if not as_json:
+            typer.echo(path)
+            for prediction in outcome.predictions:
+                typer.echo(f'  {prediction.probability:6.1%}  {prediction.label}')
+    if as_json:
+        typer.echo(json.dumps([result.to_dict() for result in results], indent=2, ensure_ascii=False))
+    if failed:
+        raise typer.Exit(1 if results else 2)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:

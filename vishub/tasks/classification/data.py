@@ -1,0 +1,347 @@
+"""Labelled images for classification: image folders, CIFAR-10 and Fashion-MNIST, as arrays of uint8.
+
+Small sets are decoded once and kept in memory, since on a few cores decoding would cost as much as training.
+Augmentation (albumentations) works on the images as stored; resizing to the training side and normalising are done
+on the whole batch, by the recipe.
+"""
+import dataclasses
+import gzip
+import io
+import random
+import struct
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from vishub.errors import InputError, import_extra
+from vishub.training.recipe import SampleKey
+
+__all__ = ['AUGMENTATIONS', 'AugmentedSet', 'ImageData', 'ImageSet', 'load_data', 'make_augmentation']
+
+IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
+CIFAR10_VALIDATION = 5_000  # the last training items, as ../shared/data says; Fashion-MNIST follows suit
+CIFAR10_CLASSES = (
+    'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+FASHION_MNIST_CLASSES = (
+    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
+
+# uint8 HWC -> uint8 HWC
+Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+class ImageSet:
+    """Images with labels, in memory or on disk.
+
+    Args:
+        images: uint8 array `(N, H, W, C)`, or paths of image files.
+        labels: Class index of every image.
+        in_chans: Channels that images of files are decoded to: 1 grey, 3 RGB.
+    """
+
+    def __init__(self, images: Union[np.ndarray, Sequence[Path]], labels: Sequence[int], in_chans: int = 3):
+        if len(images) != len(labels):
+            raise InputError(f'{len(images)} images but {len(labels)} labels')
+        self.images = images
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.in_chans = images.shape[-1] if isinstance(images, np.ndarray) else in_chans
+
+    @property
+    def native_side(self) -> Optional[Tuple[int, int]]:
+        """(height, width) if all images have one size, None for files."""
+        return self.images.shape[1:3] if isinstance(self.images, np.ndarray) else None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Image `index` as uint8 `(H, W, C)`."""
+        if isinstance(self.images, np.ndarray):
+            return self.images[index]
+        path = self.images[index]
+        try:
+            with Image.open(path) as image:
+                array = np.asarray(image.convert('L' if self.in_chans == 1 else 'RGB'))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"'{path}' is no readable image: {error}") from error
+        return array.reshape(*array.shape[:2], self.in_chans)
+
+    def take(self, indices: Sequence[int]) -> 'ImageSet':
+        """The images of these indices, in this order."""
+        if isinstance(self.images, np.ndarray):
+            return ImageSet(self.images[indices], self.labels[indices])
+        return ImageSet([self.images[i] for i in indices], self.labels[indices], self.in_chans)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+    """A data set with its splits.
+
+    Attributes:
+        name: As it stands in cards, e.g. `CIFAR-10 (JPEG)`.
+        classes: Class names, in the order of the labels.
+        train: Training split, without the validation split.
+        val: Validation split, None if there is none.
+        test: Test split, None if there is none.
+    """
+
+    name: str
+    classes: Tuple[str, ...]
+    train: ImageSet
+    val: Optional[ImageSet] = None
+    test: Optional[ImageSet] = None
+
+    def with_validation_on(self, split: str) -> 'ImageData':
+        """The same data with another choice of validation split.
+
+        Args:
+            split: `val` keeps the split, `test` validates on the test split and trains on train + val, `none` trains
+                on train + val and validates on nothing.
+
+        Raises:
+            InputError: If `split` is none of these, or the data have no such split.
+        """
+        if split == 'val':
+            return self
+        if split not in ('test', 'none'):
+            raise InputError(f"validate_on is '{split}'; it is one of val, test, none")
+        if split == 'test' and self.test is None:
+            raise InputError(f'{self.name} has no test split to validate on')
+        train = self.train
+        if self.val is not None:
+            if isinstance(train.images, np.ndarray):
+                images = np.concatenate([train.images, self.val.images])
+            else:
+                images = [*train.images, *self.val.images]
+            train = ImageSet(images, np.concatenate([train.labels, self.val.labels]), train.in_chans)
+        return dataclasses.replace(self, train=train, val=self.test if split == 'test' else None)
+
+
+def load_data(path: Union[str, Path], in_chans: int = 3, val_share: float = 0.1) -> ImageData:
+    """Read a data set; its kind is told by what lies at `path`.
+
+    Args:
+        path: One of
+            * a packed CIFAR-10 (`.npz` with `blob`, `offsets`, `labels`, `is_test`, `classes`);
+            * a folder with torchvision's `cifar-10-batches-py`, or that folder;
+            * a folder with Fashion-MNIST's `train-images-idx3-ubyte.gz` … (also unpacked, also in
+              `FashionMNIST/raw`);
+            * a folder of class folders of images, or one with `train`, and `val`, `test` where there are any.
+        in_chans: 1 reads the images of folders as grey, 3 as RGB. The other kinds have their own.
+        val_share: Share of the images of an image folder without `val` that becomes the validation split (every
+            class alike, chosen by a fixed seed).
+
+    Raises:
+        InputError: If nothing of the kind lies there, or it is damaged.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == '.npz':
+        return _load_packed(path)
+    if not path.is_dir():
+        raise InputError(f"data '{path}' does not exist; give an image folder, a torchvision folder or an .npz file")
+    for folder in (path / 'cifar-10-batches-py', path):
+        if (folder / 'data_batch_1').is_file():
+            return _load_cifar10(folder)
+    for folder in (path / 'FashionMNIST' / 'raw', path / 'raw', path):
+        if any((folder / f'train-images-idx3-ubyte{suffix}').is_file() for suffix in ('', '.gz')):
+            return _load_fashion_mnist(folder)
+    return _load_folder(path, in_chans, val_share)
+
+
+def _with_last_as_validation(
+        name: str,
+        classes: Sequence[str],
+        train: ImageSet,
+        test: ImageSet,
+        count: int = CIFAR10_VALIDATION,
+) -> ImageData:
+    """Splits off the last `count` training items (a tenth, if the set is that small)."""
+    count = min(count, len(train) // 10)
+    order = np.arange(len(train))
+    return ImageData(name, tuple(classes), train.take(order[:-count]), train.take(order[-count:]), test)
+
+
+def _load_packed(path: Path) -> ImageData:
+    """CIFAR-10 packed as JPEG files in one array."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            blob, offsets, labels = file['blob'], file['offsets'], file['labels']
+            is_test, classes = file['is_test'].astype(bool), [str(c) for c in file['classes']]
+    except (KeyError, OSError, ValueError) as error:
+        raise InputError(f"'{path}' is not a packed image set: {error}") from error
+    data = blob.tobytes()
+    images = []
+    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
+        with Image.open(io.BytesIO(data[start:end])) as image:
+            images.append(np.asarray(image.convert('RGB')))
+    stacked = np.stack(images)
+    return _with_last_as_validation(
+        'CIFAR-10 (JPEG)', classes,
+        ImageSet(stacked[~is_test], labels[~is_test]), ImageSet(stacked[is_test], labels[is_test]))
+
+
+def _load_cifar10(folder: Path) -> ImageData:
+    """CIFAR-10 as torchvision stores it.
+
+    Its files are pickles; torchvision checks their MD5 sums before it reads them, so they are left to it.
+    """
+    from torchvision.datasets import CIFAR10
+    try:
+        train, test = (CIFAR10(str(folder.parent), train=is_train) for is_train in (True, False))
+    except RuntimeError as error:
+        raise InputError(f"'{folder}' is not torchvision's CIFAR-10: {error}") from error
+    return _with_last_as_validation(
+        'CIFAR-10', CIFAR10_CLASSES, ImageSet(train.data, train.targets), ImageSet(test.data, test.targets))
+
+
+def _read_idx(folder: Path, name: str) -> np.ndarray:
+    """An idx file (yann.lecun.com/exdb/mnist): magic 0, 0, 8 (uint8), rank; big-endian sizes; values."""
+    path = folder / name
+    if not path.is_file():
+        path = folder / f'{name}.gz'
+    try:
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
+            zero, kind, rank = struct.unpack('>HBB', file.read(4))
+            shape = struct.unpack(f'>{rank}I', file.read(4 * rank))
+            values = np.frombuffer(file.read(), dtype=np.uint8)
+        if (zero, kind) != (0, 8):
+            raise ValueError(f'wrong magic number {zero}, {kind}')
+        return values.reshape(shape).copy()
+    except (OSError, EOFError, ValueError, struct.error) as error:
+        raise InputError(f"'{path}' is not a readable idx file: {error}") from error
+
+
+def _load_fashion_mnist(folder: Path) -> ImageData:
+    """Fashion-MNIST as published, 28x28 grey."""
+    train, test = (
+        ImageSet(
+            _read_idx(folder, f'{part}-images-idx3-ubyte')[..., None],
+            _read_idx(folder, f'{part}-labels-idx1-ubyte'))
+        for part in ('train', 't10k')
+    )
+    return _with_last_as_validation('Fashion-MNIST', FASHION_MNIST_CLASSES, train, test)
+
+
+def _load_folder(path: Path, in_chans: int, val_share: float) -> ImageData:
+    """A folder of class folders, or one of `train`, `val` (`valid`, `validation`) and `test` with class folders."""
+    has_splits = (path / 'train').is_dir()
+    root = path / 'train' if has_splits else path
+    classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith('.'))
+    if len(classes) < 2:
+        raise InputError(f"'{root}' has {len(classes)} class folders; at least two folders of images are needed")
+
+    def read(folder: Path) -> ImageSet:
+        extra = {f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith('.')} - set(classes)
+        if extra:
+            raise InputError(f"'{folder}' has classes that '{root}' has not: {', '.join(sorted(extra))}")
+        files: List[Path] = []
+        labels: List[int] = []
+        for label, name in enumerate(classes):
+            found = sorted(f for f in (folder / name).rglob('*') if f.suffix.lower() in IMAGE_SUFFIXES)
+            files += found
+            labels += [label] * len(found)
+        if not files:
+            raise InputError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in the class folders of '{folder}'")
+        return ImageSet(files, labels, in_chans)
+
+    train = read(root)
+    val_folder = next((path / n for n in ('val', 'valid', 'validation') if has_splits and (path / n).is_dir()), None)
+    test = read(path / 'test') if has_splits and (path / 'test').is_dir() else None
+    if val_folder is not None:
+        return ImageData(path.name, tuple(classes), train, read(val_folder), test)
+    chosen = []
+    for label in range(len(classes)):
+        of_class = np.flatnonzero(train.labels == label)
+        chosen.append(np.random.default_rng([0, label]).permutation(of_class)[:int(len(of_class) * val_share)])
+    val = np.sort(np.concatenate(chosen))
+    rest = np.setdiff1d(np.arange(len(train)), val)
+    return ImageData(path.name, tuple(classes), train.take(rest), train.take(val) if len(val) else None, test)
+
+
+# -- augmentation -----------------------------------------------------------------------------------------------------
+
+AUGMENTATIONS = ('none', 'light', 'medium', 'heavy')
+
+
+def make_augmentation(policy: str, size: Tuple[int, int], fixed_size: bool) -> Augmentation:
+    """An albumentations policy by name; its randomness comes from the generator that it is called with.
+
+    Args:
+        policy: `none`; `light` (shifted or resized crop, mirror); `medium` (also colour and sometimes a hole);
+            `heavy` (also rotation and scale, stronger colour, more holes).
+        size: (height, width) of the result.
+        fixed_size: Whether all images have that size already (then crops shift by an eighth over reflected borders)
+            or are files of any size (then crops are resized, or, for `none`, the whole image is).
+
+    Raises:
+        InputError: If there is no such policy.
+        MissingExtraError: If albumentations is not installed.
+    """
+    if policy not in AUGMENTATIONS:
+        raise InputError(f"augmentation '{policy}' is unknown; choose one of {', '.join(AUGMENTATIONS)}")
+    A = import_extra('albumentations', 'train')
+    reflect = 2  # cv2.BORDER_REFLECT
+    height, width = size
+    steps: list = []
+    if policy == 'none':
+        steps = [] if fixed_size else [A.Resize(height, width)]
+    else:
+        if fixed_size:
+            steps += [
+                A.Pad((width // 8, height // 8, width // 8, height // 8), border_mode=reflect),
+                A.RandomCrop(height, width)]
+        else:
+            steps += [A.RandomResizedCrop(size, scale=(0.35 if policy == 'light' else 0.2, 1.))]
+        steps += [A.HorizontalFlip(p=0.5)]
+    if policy in ('medium', 'heavy'):
+        strength = 0.2 if policy == 'medium' else 0.4
+        hole = ((height // 5, height // 3), (width // 5, width // 3))
+        if policy == 'heavy':
+            steps += [A.Affine(scale=(0.8, 1.2), rotate=(-15, 15), shear=(-8, 8), border_mode=reflect, p=0.5)]
+        steps += [
+            A.ColorJitter(
+                brightness=strength, contrast=strength, saturation=strength, hue=0.1 * strength,
+                p=0.5 if policy == 'medium' else 0.8),
+            A.CoarseDropout(
+                num_holes_range=(1, 1 if policy == 'medium' else 2), hole_height_range=hole[0],
+                hole_width_range=hole[1], fill=128, p=0.25 if policy == 'medium' else 0.5)]
+    compose = A.Compose(steps)
+
+    def augment(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        if not steps:
+            return image
+        # albumentations draws from one generator of numpy and one of Python
+        compose.set_random_state(generator, random.Random(int(generator.integers(1 << 62))))
+        result = compose(image=image)['image']
+        return result if result.ndim == 3 else result[..., None]  # cv2 drops the channel of grey images
+
+    return augment
+
+
+class AugmentedSet(Dataset):
+    """Training samples: `(image uint8 (C, H, W), label)` as a pure function of (seed, epoch, index, side).
+
+    Args:
+        images: The images.
+        policy: Name of the augmentation.
+        seed: Seed of the augmentation.
+    """
+
+    def __init__(self, images: ImageSet, policy: str, seed: int = 0):
+        self.images, self.policy, self.seed = images, policy, seed
+        self._augmentations: Dict[int, Augmentation] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: SampleKey) -> Tuple[torch.Tensor, int]:
+        epoch, index, side = key
+        native = self.images.native_side
+        if side not in self._augmentations:
+            self._augmentations[side] = make_augmentation(self.policy, native or (side, side), native is not None)
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch, index]))
+        image = self._augmentations[side](self.images[index], generator)
+        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), int(self.images.labels[index])

@@ -1,0 +1,212 @@
+"""The recipe that trains an image classifier: any timm model name, any data that `data.load_data` reads."""
+import ast
+import logging
+import platform
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vishub.errors import InputError
+from vishub.tasks.classification.data import AugmentedSet, ImageData, load_data
+from vishub.tasks.classification.metrics import class_report, classification_metrics, predict_logits, to_input
+from vishub.training.config import TrainConfig
+from vishub.training.loop import TrainResult
+from vishub.training.recipe import Recipe
+
+__all__ = ['ClassificationRecipe', 'describe_hardware', 'parse_model_args']
+
+
+def parse_model_args(items: Sequence[str]) -> Dict[str, Any]:
+    """Read `['window_size=3', 'act_layer=gelu']` as constructor arguments; values are Python literals or strings.
+
+    Raises:
+        InputError: If an item is not `name=value`.
+    """
+    arguments: Dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition('=')
+        if not equals or not name.isidentifier():
+            raise InputError(f"model argument '{item}' is not name=value, as in window_size=3")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+    return arguments
+
+
+def describe_hardware(device: torch.device) -> str:
+    """The device and the number of threads, for the card."""
+    if device.type == 'cuda':
+        return f'{torch.cuda.get_device_name(device)}, torch {torch.__version__}'
+    name = platform.processor() or platform.machine()
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            name = next((line.split(':', 1)[1].strip() for line in file if line.startswith('model name')), name)
+    except OSError:
+        pass
+    return f'{torch.get_num_threads()} thread(s) of {name}, torch {torch.__version__}'
+
+
+class ClassificationRecipe(Recipe):
+    """Label smoothing, mixup or cutmix, albumentations; accuracy of the stored weights at the end.
+
+    Args:
+        model: Name that `timm.create_model` knows (own architectures included), e.g. `favit_small64`.
+        data: Path for `load_data`, or data already read.
+        model_args: Further arguments of the model, e.g. `{'window_size': 3}`.
+        augmentation: Policy name of `data.AUGMENTATIONS`.
+        label_smoothing: Share of the target spread over all classes.
+        mixup: Alpha of mixup (Zhang et al. 2018); 0 switches it off.
+        cutmix: Alpha of cutmix (Yun et al. 2019); 0 switches it off. With both, each batch takes one by chance.
+        mix_prob: Share of the batches that are mixed at all.
+        validate_on: `val`, `test` or `none`: see `ImageData.with_validation_on`.
+        in_chans: 1 or 3 for image folders; other data have their own.
+        seed: Seed of the augmentation; give the same as in the config.
+        tag: Tag of the weights, as in `favit_small64.<tag>`; by default the data's name.
+        command: Command line, for the card.
+    """
+
+    metric = 'top1'
+
+    def __init__(
+            self,
+            model: str,
+            data: Union[str, Path, ImageData],
+            *,
+            model_args: Optional[Mapping[str, Any]] = None,
+            augmentation: str = 'medium',
+            label_smoothing: float = 0.1,
+            mixup: float = 0.2,
+            cutmix: float = 0.,
+            mix_prob: float = 1.,
+            validate_on: str = 'val',
+            in_chans: int = 3,
+            seed: int = 0,
+            tag: Optional[str] = None,
+            command: str = '',
+    ):
+        self.model_name, self.model_args = model, dict(model_args or {})
+        self.data = (data if isinstance(data, ImageData) else load_data(data, in_chans)).with_validation_on(validate_on)
+        self.augmentation, self.label_smoothing = augmentation, label_smoothing
+        self.mixup, self.cutmix, self.mix_prob = mixup, cutmix, mix_prob
+        self.validate_on, self.seed, self.command = validate_on, seed, command
+        self.tag = tag or ''.join(c if c.isalnum() else '_' for c in self.data.name.split(' (')[0].lower()).strip('_')
+        self.num_classes = len(self.data.classes)
+        # Channel statistics of the training images, from at most 2000 of them, evenly spread.
+        self.mean, self.std = channel_statistics(self.data)
+        self._mix = None
+        if mixup > 0 or cutmix > 0:
+            from timm.data import Mixup
+            self._mix = Mixup(
+                mixup_alpha=mixup, cutmix_alpha=cutmix, prob=mix_prob, label_smoothing=label_smoothing,
+                num_classes=self.num_classes)
+
+    def describe(self) -> Dict[str, Any]:
+        return {
+            'model': self.model_name, 'model_args': self.model_args, 'data': self.data.name,
+            'augmentation': self.augmentation, 'label_smoothing': self.label_smoothing, 'mixup': self.mixup,
+            'cutmix': self.cutmix, 'mix_prob': self.mix_prob, 'validate_on': self.validate_on,
+        }
+
+    def build_model(self) -> nn.Module:
+        import timm
+
+        import vishub  # noqa: F401  registers our architectures
+        try:
+            return timm.create_model(
+                self.model_name, num_classes=self.num_classes, in_chans=self.data.train.in_chans, **self.model_args)
+        except TypeError as error:
+            raise InputError(f"model '{self.model_name}' refuses its arguments {self.model_args}: {error}") from error
+
+    def train_set(self) -> AugmentedSet:
+        return AugmentedSet(self.data.train, self.augmentation, self.seed)
+
+    def prepare(self, batch: Any, side: int, training: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+        """(uint8 `(B, C, H, W)`, labels `(B,)`) -> (normalised `(B, C, side, side)`, labels or `(B, K)` shares)."""
+        images, labels = batch
+        x = images.float().div_(255)
+        if training and self._mix is not None:
+            # before resizing, where pixels are fewest; the mean of two images commutes with resizing
+            x, labels = self._mix(x, labels)
+        return to_input(x, side, self.mean, self.std), labels
+
+    def loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # mixed targets are shares of classes, already smoothed
+        smoothing = self.label_smoothing if targets.ndim == 1 else 0.
+        return F.cross_entropy(output, targets, label_smoothing=smoothing)
+
+    def validate(self, model: nn.Module, side: int, device: torch.device) -> Optional[Dict[str, float]]:
+        split = self.data.val
+        if split is None:
+            return None
+        logits = predict_logits(model, split, side, self.mean, self.std, device=device)
+        metrics = classification_metrics(logits, split.labels)
+        return {key: metrics[key] for key in ('top1', 'nll', 'ece')}
+
+    def finish(self, model: nn.Module, result: TrainResult, config: TrainConfig) -> Path:
+        """Store the weights as fp16, load what was stored, evaluate that, and store the figures beside it."""
+        import timm
+
+        from vishub.hub import save_folder
+        side = config.resolution[-1][0]
+        # architecture without a tag: a fine-tuned model is no longer the tagged one
+        architecture = self.model_name.split('/')[-1].split('.')[0]
+        folder = Path(config.output) / f'{architecture}.{self.tag}'
+        model = self.stored_form(model, architecture, side)
+        save_folder(model, folder, metrics={}, card={})
+        stored = timm.create_model(f'local-dir:{folder}', pretrained=True).to(next(model.parameters()).device)
+        metrics = {
+            'data': self.data.name,
+            'training': {
+                'command': self.command, 'seed': config.seed, 'epochs': config.epochs,
+                'resolution': [list(phase) for phase in config.resolution], 'wall_s': round(result.wall_s, 1),
+                'hardware': describe_hardware(next(model.parameters()).device), 'samples': len(self.data.train),
+                'recipe': {**self.describe(), **config.fingerprint()},
+            },
+            **self.final_figures(stored, side),
+        }
+        save_folder(model, folder, metrics=metrics, card={})
+        logging.getLogger('vishub.training.main').info('stored %s: %s', folder, metrics.get('metrics'))
+        return folder
+
+    def stored_form(self, model: nn.Module, architecture: str, side: int) -> nn.Module:
+        """Write into the model's pretrained_cfg what a user of the weights needs to know."""
+        cfg = dict(model.pretrained_cfg)
+        channels = self.data.train.in_chans
+        cfg.update(
+            architecture=architecture, tag=self.tag, num_classes=self.num_classes,
+            input_size=(channels, side, side), test_input_size=None, mean=tuple(self.mean), std=tuple(self.std),
+            crop_pct=1.0, test_crop_pct=None, crop_mode='squash', interpolation='bicubic',
+            label_names=list(self.data.classes), url='', file='', state_dict=None, hf_hub_filename=None,
+            hf_hub_id=f'vishub/{architecture}.{self.tag}', license='apache-2.0',
+        )
+        arguments = {**self.model_args, 'in_chans': channels} if channels != 3 else dict(self.model_args)
+        model.pretrained_cfg = model.default_cfg = cfg
+        model.model_args = {k: v for k, v in arguments.items() if k not in ('drop_path_rate', 'drop_rate')}
+        return model
+
+    def final_figures(self, model: nn.Module, side: int) -> Dict[str, Any]:
+        """Figures on the test split, or on the validation split where there is no other; says which."""
+        split, name = (self.data.test, 'test') if self.data.test is not None else (self.data.val, 'validation')
+        if split is None:
+            return {'split': None, 'num_test': 0, 'metrics': {}}
+        logits = predict_logits(model, split, side, self.mean, self.std)
+        return {
+            'split': name, 'num_test': len(split), 'metrics': classification_metrics(logits, split.labels),
+            'report': class_report(logits, split.labels, self.data.classes),
+        }
+
+
+def channel_statistics(data: ImageData, count: int = 2000) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
+    """Mean and standard deviation of each channel, values 0 to 1, over up to `count` evenly spread training images."""
+    images = data.train
+    if images.native_side is None:
+        count = min(count, 200)  # files: decoding takes time
+    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    pixels = np.concatenate([images[i].reshape(-1, images.in_chans) for i in chosen]).astype(np.float64) / 255
+    mean, std = pixels.mean(axis=0), pixels.std(axis=0)
+    return tuple(round(float(v), 4) for v in mean), tuple(round(max(float(v), 1e-3), 4) for v in std)

@@ -1,0 +1,394 @@
+"""The training loop. It trains any `Recipe`, on one process or many (Accelerate), and resumes exactly.
+
+How a resumed run ends bit-identical to an uninterrupted one: nothing random depends on history. The order of an
+epoch is a function of (seed, epoch), a sample's augmentation of (seed, epoch, index), and everything else (drop path,
+mixup) of (seed, step), because all generators are seeded anew at every step. So no generator's state needs keeping.
+"""
+import contextlib
+import csv
+import dataclasses
+import logging
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+
+from vishub.errors import InputError, import_extra
+from vishub.files import atomic_path
+from vishub.training.checkpoint import load_checkpoint, load_optimizer, optimizer_state, save_checkpoint
+from vishub.training.config import TrainConfig
+from vishub.training.recipe import Recipe, SampleKey
+
+__all__ = ['TrainResult', 'train']
+
+CHECKPOINT_NAME = 'checkpoint.safetensors'
+LOG_FIELDS = ('epoch', 'step', 'side', 'lr', 'train_loss', 'images_per_s', 'wall_s')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        model: The trained model (the averaged weights, where averaging is on), in eval mode.
+        finished: False if a time or step limit stopped the run before its end.
+        step: Optimizer steps done.
+        wall_s: Seconds of training and validation, over all resumes.
+        metrics: The last validation's metrics.
+        checkpoint: Path of the checkpoint.
+        folder: Folder of the finished weights, if the recipe stored any.
+    """
+
+    model: nn.Module
+    finished: bool
+    step: int
+    wall_s: float
+    metrics: Dict[str, float]
+    checkpoint: Path
+    folder: Optional[Path] = None
+
+
+class EpochSampler(Sampler[List[SampleKey]]):
+    """The batches of one epoch from a step on: lists of (epoch, index, side), this process's share of each batch.
+
+    Samples that do not fill a last batch wait for the next epoch's order.
+    """
+
+    def __init__(self, size: int, config: TrainConfig, epoch: int, first: int, batches: int, rank: int, world: int):
+        self.size, self.config, self.epoch = size, config, epoch
+        self.first, self.batches, self.rank, self.world = first, batches, rank, world
+
+    def __len__(self) -> int:
+        return self.batches - self.first
+
+    def __iter__(self) -> Iterator[List[SampleKey]]:
+        order = np.random.default_rng([self.config.seed, self.epoch]).permutation(self.size)
+        batch, side = self.config.batch_size, self.config.side(self.epoch)
+        for number in range(self.first, self.batches):
+            start = (number * self.world + self.rank) * batch
+            yield [(self.epoch, int(index), side) for index in order[start:start + batch]]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed python, numpy and torch as a function of (seed, step, rank)."""
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[0]))  # noqa: NPY002  timm's Mixup draws from the global generator
+    torch.manual_seed(int(words[1]))
+
+
+def rehearse(output: Path) -> None:
+    """Write and remove a file in `output`, so that a run which could not store its result fails before training.
+
+    Raises:
+        InputError: If the folder cannot be made or written.
+    """
+    try:
+        with atomic_path(output / 'rehearsal.txt') as path:
+            path.write_text('a file that is written before training to see that it can be\n')
+        (output / 'rehearsal.txt').unlink()
+    except OSError as error:
+        raise InputError(f"output folder '{output}' cannot be written: {error}") from error
+
+
+def open_log(output: Path, name: str) -> logging.Logger:
+    """A logger that appends to `output/training.log`."""
+    logger = logging.getLogger(f'vishub.training.{name}')
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(output / 'training.log', encoding='utf-8')
+    handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+    logger.addHandler(handler)
+    return logger
+
+
+def write_csv(path: Path, rows: List[Dict[str, Any]]) -> None:
+    """Write the epochs' rows; columns are `LOG_FIELDS` and the validation's metrics."""
+    fields = list(LOG_FIELDS) + sorted({key for row in rows for key in row} - set(LOG_FIELDS))
+    with atomic_path(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
+    """Train `recipe` as `config` says, or continue from the checkpoint in `config.output`.
+
+    Writes `checkpoint.safetensors`, `log.csv` (a row an epoch) and `training.log` to the output folder, and what the
+    recipe's `finish` stores. Works under plain `python`, `accelerate launch` and `torchrun`.
+
+    Raises:
+        InputError: If the output folder cannot be written, the checkpoint there belongs to other options, or the
+            data is too small for one batch.
+        MissingExtraError: If accelerate is not installed.
+        FloatingPointError: If the loss is not finite.
+    """
+    accelerate = import_extra('accelerate', 'train')
+    output = Path(config.output)
+    rehearse(output)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+
+    accelerator = accelerate.Accelerator(mixed_precision=config.amp, cpu=config.device == 'cpu')
+    try:
+        return _Run(recipe, config, output, accelerator).train()
+    finally:
+        accelerator.free_memory()
+        if accelerator.num_processes == 1:
+            # Accelerate keeps its settings for the life of the process; the next run may want others.
+            accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class _Run:
+    """The state of one run: model, optimizer, averaged weights, position, log."""
+
+    def __init__(self, recipe: Recipe, config: TrainConfig, output: Path, accelerator: Any):
+        self.recipe, self.config, self.output, self.accelerator = recipe, config, output, accelerator
+        self.device = accelerator.device
+        self.main = accelerator.is_main_process
+        self.logger = open_log(output, 'main') if self.main else logging.getLogger('vishub.training.other')
+        self.data = recipe.train_set()
+        self.micro_batches = len(self.data) // (config.batch_size * accelerator.num_processes)
+        self.steps_per_epoch = self.micro_batches // config.grad_accum
+        if self.steps_per_epoch == 0:
+            raise InputError(
+                f'{len(self.data)} training samples do not fill one step of {accelerator.num_processes} process(es) x '
+                f'batch_size {config.batch_size} x grad_accum {config.grad_accum}; choose a smaller batch')
+        self.total_steps = self.steps_per_epoch * config.epochs
+
+        seed_step(config.seed, 0, 0)  # every process draws the same initial weights
+        self.model = recipe.build_model().to(self.device)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        # timm leaves vectors and the model's no_weight_decay() out of the decay
+        optimizer = create_optimizer_v2(
+            self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True)
+        self.schedule = CosineLRScheduler(
+            optimizer,
+            t_initial=self.total_steps,
+            lr_min=config.min_lr,
+            warmup_t=round(config.warmup * self.total_steps),
+            t_in_epochs=False,
+        )
+        self.ema: Optional[ModelEmaV3] = None
+        decay = config.ema_decay
+        if decay is None:
+            decay = max(0., 1. - 10. / self.total_steps)  # averages over about the last tenth of the run
+        if decay > 0:
+            self.ema = ModelEmaV3(self.model, decay=decay, use_warmup=True)
+
+        self.step = 0  # optimizer steps done
+        self.loss_sum = 0.  # of the steps done in this epoch
+        self.wall_before = 0.  # seconds of the runs before this one
+        self.rows: List[Dict[str, Any]] = []
+        self.metrics: Dict[str, float] = {}
+        self.raw_optimizer = optimizer
+        if config.resume:
+            self.load()
+
+        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        if config.compile:
+            self.wrapped.compile(dynamic=False)
+
+    # -- checkpoint ---------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output / CHECKPOINT_NAME
+
+    def fingerprint(self) -> Dict[str, Any]:
+        return {
+            **self.config.fingerprint(), **self.recipe.describe(),
+            'samples': len(self.data), 'processes': self.accelerator.num_processes,
+        }
+
+    def wall(self) -> float:
+        return self.wall_before + time.perf_counter() - self.started
+
+    def save(self) -> None:
+        if self.main:
+            optimizer_tensors, optimizer_rest = optimizer_state(self.raw_optimizer)
+            tensors = {'model': self.model.state_dict(), 'optimizer': optimizer_tensors}
+            if self.ema is not None:
+                tensors['ema'] = self.ema.module.state_dict()
+            scaler = self.accelerator.scaler
+            save_checkpoint(self.checkpoint, tensors, {
+                'fingerprint': self.fingerprint(),
+                'step': self.step,
+                'loss_sum': self.loss_sum,
+                'wall_s': self.wall(),
+                'rows': self.rows,
+                'metrics': self.metrics,
+                'optimizer': optimizer_rest,
+                'scaler': scaler.state_dict() if scaler is not None else None,
+            })
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> None:
+        if not self.checkpoint.exists():
+            return
+        tensors, state = load_checkpoint(self.checkpoint)
+        mine, theirs = self.fingerprint(), state['fingerprint']
+        changed = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
+        if changed:
+            detail = '; '.join(f'{key} was {theirs.get(key)}, now {mine.get(key)}' for key in changed)
+            raise InputError(
+                f"'{self.checkpoint}' belongs to a run with other options ({detail}). "
+                'Use the same options, another output folder, or --no-resume')
+        self.model.load_state_dict(tensors['model'])
+        load_optimizer(self.raw_optimizer, tensors.get('optimizer', {}), state['optimizer'])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(tensors['ema'])
+        if self.accelerator.scaler is not None and state['scaler'] is not None:
+            self.accelerator.scaler.load_state_dict(state['scaler'])
+        self.step, self.loss_sum, self.wall_before = state['step'], state['loss_sum'], state['wall_s']
+        self.rows, self.metrics = state['rows'], state['metrics']
+        self.logger.info('resumed at step %d of %d', self.step, self.total_steps)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def loader(self, epoch: int, first_step: int) -> DataLoader:
+        config, accumulation = self.config, self.config.grad_accum
+        sampler = EpochSampler(
+            len(self.data), config, epoch,
+            first=first_step * accumulation, batches=self.steps_per_epoch * accumulation,
+            rank=self.accelerator.process_index, world=self.accelerator.num_processes)
+        return DataLoader(
+            self.data, batch_sampler=sampler, num_workers=config.num_workers, pin_memory=self.device.type == 'cuda')
+
+    def to_device(self, batch: Any) -> Any:
+        if isinstance(batch, torch.Tensor):
+            return batch.to(self.device, non_blocking=True)
+        if isinstance(batch, dict):
+            return {key: self.to_device(value) for key, value in batch.items()}
+        if isinstance(batch, (list, tuple)):
+            return type(batch)(self.to_device(value) for value in batch)
+        return batch
+
+    def take_step(self, batches: Iterator[Any], side: int) -> float:
+        """One optimizer step over `grad_accum` batches; returns the mean loss of this process's samples."""
+        config = self.config
+        seed_step(config.seed, self.step + 1, self.accelerator.process_index)
+        self.schedule.step_update(self.step)
+        self.wrapped.train()
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for part in range(config.grad_accum):
+            inputs, targets = self.recipe.prepare(self.to_device(next(batches)), side, training=True)
+            if config.channels_last and inputs.ndim == 4:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            last = part == config.grad_accum - 1
+            # processes exchange gradients only behind the last part
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                output = self.wrapped(inputs)  # under autocast by accelerate; the output comes back as float32
+                loss = self.recipe.loss(output, targets) / config.grad_accum
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if config.clip_grad:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_grad)
+        self.optimizer.step()
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        value = float(total)
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f'the loss is {value} at step {self.step}; lower the learning rate, or train with amp=no')
+        return value
+
+    @torch.no_grad()
+    def validate(self, side: int) -> Dict[str, float]:
+        model = self.final_model()
+        with self.accelerator.autocast():
+            return self.recipe.validate(model, side, self.device) or {}
+
+    def final_model(self) -> nn.Module:
+        """The model that the run is about: the averaged weights, if there are any."""
+        return (self.ema.module if self.ema is not None else self.model).eval()
+
+    def train(self) -> TrainResult:
+        config = self.config
+        self.started = time.perf_counter()
+        self.logger.info('%d steps of %d: %s', self.total_steps, config.batch_size, self.fingerprint())
+        stop = False
+        columns = (
+            TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn('{task.fields[note]}'))
+        show = config.progress and self.main
+        with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
+            bar = progress.add_task('training', total=self.total_steps, completed=self.step, note='')
+            while self.step < self.total_steps and not stop:
+                epoch, first_step = divmod(self.step, self.steps_per_epoch)
+                side = config.side(epoch)
+                progress.update(bar, description=f'epoch {epoch + 1}/{config.epochs} at {side} px')
+                batches = iter(self.loader(epoch, first_step))
+                epoch_start, done = time.perf_counter(), 0
+                for _ in range(first_step, self.steps_per_epoch):
+                    loss = self.take_step(batches, side)
+                    self.loss_sum += loss
+                    done += 1
+                    progress.update(bar, completed=self.step, note=f'loss {loss:.3f}')
+                    stop = self.out_of_budget()
+                    at_end = self.step % self.steps_per_epoch == 0
+                    if not at_end and (stop or (config.checkpoint_every and self.step % config.checkpoint_every == 0)):
+                        self.save()
+                    if stop:
+                        break
+                if self.step % self.steps_per_epoch == 0:
+                    images = done * config.grad_accum * config.batch_size * self.accelerator.num_processes
+                    self.end_epoch(epoch, side, images / (time.perf_counter() - epoch_start))
+                    self.save()
+        return self.end()
+
+    def out_of_budget(self) -> bool:
+        config = self.config
+        return bool(
+            (config.max_steps and self.step >= config.max_steps)
+            or (config.time_limit and time.perf_counter() - self.started > 60 * config.time_limit))
+
+    def end_epoch(self, epoch: int, side: int, images_per_s: float) -> None:
+        config = self.config
+        last = epoch == config.epochs - 1
+        if self.main and config.validate_every and (last or (epoch + 1) % config.validate_every == 0):
+            self.metrics = self.validate(side)
+            validated = self.metrics
+        else:
+            validated = {}
+        row = {
+            'epoch': epoch + 1, 'step': self.step, 'side': side,
+            'lr': round(self.raw_optimizer.param_groups[0]['lr'], 9),
+            'train_loss': round(self.loss_sum / self.steps_per_epoch, 5),
+            'images_per_s': round(images_per_s, 1), 'wall_s': round(self.wall(), 1), **validated,
+        }
+        self.loss_sum = 0.
+        self.rows.append(row)
+        if self.main:
+            write_csv(self.output / 'log.csv', self.rows)
+            self.logger.info(' '.join(
+                f'{key} {value:.5g}' if isinstance(value, float) else f'{key} {value}' for key, value in row.items()))
+
+    def end(self) -> TrainResult:
+        finished = self.step >= self.total_steps
+        result = TrainResult(
+            model=self.final_model(), finished=finished, step=self.step, wall_s=self.wall(), metrics=self.metrics,
+            checkpoint=self.checkpoint)
+        self.logger.info('%s at step %d after %.0f s', 'finished' if finished else 'stopped', self.step, result.wall_s)
+        if finished and self.main:
+            folder = self.recipe.finish(result.model, result, self.config)
+            result = dataclasses.replace(result, folder=folder)
+        self.accelerator.wait_for_everyone()
+        return result

@@ -1,0 +1,63 @@
+"""What a task must say so that the one training loop can train it."""
+import abc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from vishub.training.config import TrainConfig
+    from vishub.training.loop import TrainResult
+
+__all__ = ['Recipe', 'SampleKey']
+
+# (epoch, index of the sample, image side in pixels): all that a training sample may depend on, besides the seed.
+SampleKey = Tuple[int, int, int]
+
+
+class Recipe(abc.ABC):
+    """A task's model, data, loss and metric. `vishub.training.train(recipe, config)` does the rest.
+
+    Attributes:
+        metric: The key of `validate`'s result by which runs are judged; higher is better.
+    """
+
+    metric: str = 'top1'
+
+    @abc.abstractmethod
+    def build_model(self) -> nn.Module:
+        """The model to train, freshly initialised (the loop seeds torch before it calls this)."""
+
+    @abc.abstractmethod
+    def train_set(self) -> Dataset:
+        """Samples by `SampleKey`.
+
+        A sample must be a pure function of its key, so that neither the number of loader processes nor a resume
+        changes what the model sees.
+        """
+
+    @abc.abstractmethod
+    def prepare(self, batch: Any, side: int, training: bool) -> Tuple[torch.Tensor, Any]:
+        """Turn a collated batch, already on the device, into (model input, targets of the loss).
+
+        Work that is cheaper on a batch than on a sample belongs here: resizing, normalising, mixing. Randomness may
+        come from torch's, numpy's and Python's global generators: the loop seeds them at every step.
+        """
+
+    @abc.abstractmethod
+    def loss(self, output: Any, targets: Any) -> torch.Tensor:
+        """Mean loss of a batch, a scalar."""
+
+    def validate(self, model: nn.Module, side: int, device: torch.device) -> Optional[Dict[str, float]]:
+        """Metrics on the validation split; None where there is none. `model` is in eval mode, gradients are off."""
+        return None
+
+    def describe(self) -> Dict[str, Any]:
+        """Options of the recipe that decide the weights, as JSON types; a checkpoint resumes only under the same."""
+        return {}
+
+    def finish(self, model: nn.Module, result: 'TrainResult', config: 'TrainConfig') -> Optional[Path]:
+        """Called once, on the main process, with the final weights: evaluate and store them."""
+        return None
