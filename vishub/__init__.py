@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, List
 
 from vishub import models as models  # registers the architectures
 from vishub.hub import find as _find
-from vishub.models import builder as _builder, namespace as _namespace
+from vishub.models import builder as _builder
+from vishub.models import namespace as _namespace
 
 if TYPE_CHECKING:
     from vishub.catalog import UnknownNameError

@@ -275,6 +275,6 @@ def find(name: str) -> Union[Architecture, Weight]:
 def unknown(kind: str, name: str, names: Iterable[str]) -> UnknownNameError:
     """The error for a name that is none of `names`, with the three that are nearest to it in spelling."""
     bare = name.rpartition('/')[2].lower()
-    nearest = difflib.get_close_matches(bare, sorted(names), n=3, cutoff=0.0)
+    nearest = difflib.get_close_matches(bare, sorted(set(names)), n=3, cutoff=0.0)
     hint = f' Nearest: {", ".join(nearest)}.' if nearest else ''
     return UnknownNameError(f"Unknown {kind} '{name}'.{hint}")

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a fault in vishub (with a traceback), 2 something the user can put right (one sentence).
 """
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from types import ModuleType
 from typing import List, Optional, Sequence
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 __all__ = ['app', 'main']
 
@@ -29,6 +32,74 @@ app = typer.Typer(
 def _vishub() -> None:
     # Keeps the verbs verbs: typer would make a lone one the whole command.
     pass
+
+
+@app.command('list')
+def list_command(
+        task: Optional[str] = typer.Option(None, help='Only models for this task, e.g. classification.'),
+        pretrained: bool = typer.Option(False, '--pretrained', help='Only models that have trained weights.'),
+        as_json: bool = typer.Option(False, '--json', help='Print a JSON list.'),
+        markdown: bool = typer.Option(False, '--markdown', help='Print the table of all models as Markdown, as in README.'),
+) -> None:
+    """List the models: what each is for, its paper, and the weights it has."""
+    from vishub.listing import figure, markdown_table, model_rows
+
+    if markdown:
+        typer.echo(markdown_table(), nl=False)
+        return
+    rows = model_rows(task, pretrained)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(box=None, header_style='bold', pad_edge=False)
+    for column in ('Model', 'Task', 'Input', 'Paper', 'Weights'):
+        table.add_column(column, no_wrap=column in ('Model', 'Input'))
+    for row in rows:
+        weights = [f'{weight["name"]} ({figure(weight)})' for weight in row['weights']]
+        table.add_row(
+            row['name'], row['task'], 'x'.join(map(str, row['input'])), f'arXiv {row["arxiv"]}',
+            '\n'.join(weights) or '–')
+    Console(highlight=False, markup=False).print(table)
+    typer.echo(f'{len(rows)} models. More about one: vishub info MODEL')
+
+
+@app.command('info')
+def info_command(
+        model: str = typer.Argument(help='A model, e.g. favit_b2, or weights, e.g. favit_b2.cifar10.'),
+        as_json: bool = typer.Option(False, '--json', help='Print a JSON object.'),
+) -> None:
+    """Show one model: size, multiply-accumulates, input, paper, licence, and its weights with their figures."""
+    from vishub.listing import figure, model_info
+
+    info = model_info(model)
+    if as_json:
+        typer.echo(json.dumps(info, indent=2))
+        return
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style='bold', no_wrap=True)
+    facts.add_column(overflow='fold')
+    repository = f'https://github.com/{info["repository"]}' if info['repository'] else 'none'
+    for name, value in (
+            ('Model', info['name']),
+            ('Task', info['task']),
+            ('Input', 'x'.join(map(str, info['input']))),
+            ('Parameters', f'{info["num_params"]:,}'),
+            ('MACs', f'{info["macs"] / 1e9:.3f} G at that input'),
+            ('Paper', f'{info["paper"]} (https://arxiv.org/abs/{info["arxiv"]})'),
+            ('Official code', f'{repository} ({info["code_licence"]})'),
+            ('Notes', info['notes']),
+    ):
+        facts.add_row(name, value)
+    for weight in info['weights']:
+        lines = [
+            f'{figure(weight)} on {weight["data"]}, {weight["size"] / 1e6:.1f} MB, {weight["licence"]}',
+            f'SHA-256 {weight["sha256"]}',
+            weight['folder'] or f'Hub: {weight["hub_id"]}',
+        ]
+        facts.add_row(weight['name'], '\n'.join(lines))
+    if not info['weights']:
+        facts.add_row('Weights', 'none')
+    Console(highlight=False, markup=False).print(facts)
 
 
 train_app = typer.Typer(no_args_is_help=True, help='Train a model on your data.')

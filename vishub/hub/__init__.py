@@ -4,6 +4,6 @@ A weight is a folder `weights/<arch>.<tag>/` that is also a ready Hub repository
 (timm's Hub layout), `metrics.json` (layout in `vishub/hub/folder.py`) and `README.md` (the model card).
 """
 from vishub.hub.find import available, resolve, verify, weights_folders
-from vishub.hub.folder import catalog_row, save_folder
+from vishub.hub.folder import annotate, catalog_row, save_folder
 
-__all__ = ['available', 'catalog_row', 'resolve', 'save_folder', 'verify', 'weights_folders']
+__all__ = ['annotate', 'available', 'catalog_row', 'resolve', 'save_folder', 'verify', 'weights_folders']

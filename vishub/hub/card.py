@@ -18,37 +18,29 @@ _PIPELINE_TAGS = {
     'volume_segmentation': 'image-segmentation',
     'slide_analysis': 'image-classification',
 }
-_METRIC_TITLES = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'ece': 'Calibration error (%)'}
+_METRIC_TITLES = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'ece': 'Calibration error (0 to 1)'}
 
 
-def model_card(
-        name: str,
-        *,
-        num_params: int,
-        config: Mapping[str, Any],
-        metrics: Mapping[str, Any],
-        card: Mapping[str, Any],
-) -> str:
+def model_card(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """The text of `README.md`.
 
     Args:
         name: Name of the weights, `<arch>.<tag>`.
-        num_params: Parameters of the model.
         config: The folder's config.json.
         metrics: The folder's metrics.json (layout in `vishub/hub/folder.py`).
-        card: 'licence', 'limits', 'datasets', 'description', 'robustness_plot'; each optional.
     """
+    card = metrics.get('card', {})
     family = _family(config['architecture'])
     sections = [
         _front_matter(name, family, metrics, card),
         f'# {name}\n',
-        _what(family, num_params, config, metrics, card),
+        _what(family, config, metrics, card),
         _results(metrics),
         _use(name, config),
         _training(metrics),
-        _peers(name, num_params, metrics),
+        _peers(name, metrics),
         _robustness(metrics, card),
-        _limits(config, metrics, card),
+        _limits(config, card),
         _file(metrics),
     ]
     return '\n'.join(section for section in sections if section)
@@ -71,18 +63,18 @@ def _front_matter(
     from huggingface_hub import EvalResult, ModelCardData
 
     task = _PIPELINE_TAGS[family.task if family else 'classification']
-    data_id = next(iter(card.get('datasets', ())), metrics['data'])
+    figures = _figures(metrics)
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=data_id,
+            dataset_type=next(iter(card.get('datasets', ())), metrics['data']),
             dataset_name=metrics['data'],
             dataset_split=metrics['split'],
             metric_type=key,
             metric_name=_METRIC_TITLES.get(key, key),
             metric_value=value,
         )
-        for key, value in _figures(metrics['metrics']).items()
+        for key, value in figures.items()
     ]
     data = ModelCardData(
         library_name='timm',
@@ -90,25 +82,25 @@ def _front_matter(
         license=card.get('licence', 'apache-2.0'),
         tags=['timm', 'vishub', task],
         datasets=list(card.get('datasets', ())) or None,
-        metrics=list(_figures(metrics['metrics'])),
+        metrics=list(figures) or None,
         model_name=name,
-        eval_results=results,
+        eval_results=results or None,
     )
     return f'---\n{data.to_yaml()}\n---\n'
 
 
 def _what(
         family: Optional[catalog.Family],
-        num_params: int,
         config: Mapping[str, Any],
         metrics: Mapping[str, Any],
         card: Mapping[str, Any],
 ) -> str:
     size = 'x'.join(str(n) for n in config['pretrained_cfg']['input_size'])
+    data = metrics.get('data') or 'data that is not stated'
     lines = [
-        card.get('description') or f'`{config["architecture"]}` trained on {metrics["data"]}.',
+        card.get('description') or f'`{config["architecture"]}` trained on {data}.',
         '',
-        f'- Architecture: `{config["architecture"]}`, {num_params:,} parameters, input {size}, '
+        f'- Architecture: `{config["architecture"]}`, {metrics["num_params"]:,} parameters, input {size}, '
         f'{config["num_classes"]} classes',
     ]
     if family:
@@ -124,8 +116,10 @@ def _what(
 
 
 def _results(metrics: Mapping[str, Any]) -> str:
+    if not _figures(metrics):
+        return '## Results\n\nNot measured.\n'
     rows = []
-    for key, value in _figures(metrics['metrics']).items():
+    for key, value in _figures(metrics).items():
         low_high = metrics['metrics'].get(f'{key}_ci95')
         rows.append([_METRIC_TITLES.get(key, key), _number(value), _interval(low_high)])
     return (
@@ -159,33 +153,35 @@ print({label}, float(probability))
 
 
 def _training(metrics: Mapping[str, Any]) -> str:
-    training = metrics['training']
-    recipe = training['recipe']
+    training = metrics.get('training')
+    if not training:
+        return ''
+    recipe = training.get('recipe', '–')
     if isinstance(recipe, Mapping):
         recipe = ', '.join(f'{key} {value}' for key, value in recipe.items())
     return f"""## Training
 
-- Data: {metrics['data']}
+- Data: {metrics.get('data', '–')}
 - Recipe: {recipe}
-- Epochs: {training['epochs']}, seed {training['seed']}
-- Time: {_duration(training['wall_s'])} on {training['hardware']}
+- Epochs: {training.get('epochs', '–')}, seed {training.get('seed', '–')}
+- Time: {_duration(training.get('wall_s'))} on {training.get('hardware', '–')}
 
 ```sh
-{training['command']}
+{training.get('command', '')}
 ```
 """
 
 
-def _peers(name: str, num_params: int, metrics: Mapping[str, Any]) -> str:
+def _peers(name: str, metrics: Mapping[str, Any]) -> str:
     peers = metrics.get('peers')
     if not peers:
         return ''
-    keys = list(_figures(metrics['metrics']))
+    keys = list(_figures(metrics))
     own = {
         'name': f'**{name}**',
-        'num_params': num_params,
+        'num_params': metrics['num_params'],
         'metrics': metrics['metrics'],
-        'wall_s': metrics['training']['wall_s'],
+        'wall_s': metrics.get('training', {}).get('wall_s'),
     }
     rows = [
         [
@@ -216,9 +212,9 @@ def _robustness(metrics: Mapping[str, Any], card: Mapping[str, Any]) -> str:
     return f'## Robustness\n\n{title} on the test split, corrupted at rising severity.\n\n{_table(header, rows)}{image}'
 
 
-def _limits(config: Mapping[str, Any], metrics: Mapping[str, Any], card: Mapping[str, Any]) -> str:
+def _limits(config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
     limits = [
-        f'It knows the {config["num_classes"]} classes of {metrics["data"]} and calls everything one of them.',
+        f'It knows the {config["num_classes"]} classes of its training data and calls everything one of them.',
         *card.get('limits', ()),
     ]
     return '## Limits\n\n' + ''.join(f'- {sentence}\n' for sentence in limits)
@@ -228,10 +224,10 @@ def _file(metrics: Mapping[str, Any]) -> str:
     return f'## File\n\n`model.safetensors`, {metrics["size"]:,} bytes, SHA-256 `{metrics["sha256"]}`\n'
 
 
-def _figures(metrics: Mapping[str, Any]) -> Dict[str, float]:
-    """The single numbers, without intervals and tables (such as a per-class report)."""
+def _figures(measured: Mapping[str, Any]) -> Dict[str, float]:
+    """The single numbers of an entry's 'metrics', without intervals and tables."""
     return {
-        key: value for key, value in metrics.items()
+        key: value for key, value in measured.get('metrics', {}).items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
 
@@ -242,11 +238,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _number(value: Optional[float]) -> str:
-    return '–' if value is None else f'{value:.2f}'
+    if value is None:
+        return '–'
+    return f'{value:.2f}' if abs(value) >= 1 else f'{value:.4f}'
 
 
 def _interval(low_high: Optional[Sequence[float]]) -> str:
-    return '–' if low_high is None else f'{low_high[0]:.2f} to {low_high[1]:.2f}'
+    return '–' if low_high is None else f'{_number(low_high[0])} to {_number(low_high[1])}'
 
 
 def _duration(seconds: Optional[float]) -> str:

@@ -4,6 +4,7 @@ Only `model.safetensors` is ever read: nothing here unpickles.
 """
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Dict, List, Optional, Union
 
@@ -20,12 +21,13 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def _roots() -> List[Path]:
-    """Folders that hold `<arch>.<tag>/` folders: the checkout's first, then the wheel's."""
+    """Folders that hold `<arch>.<tag>/` folders: those of VISHUB_WEIGHTS, then the checkout's, then the wheel's."""
     checkout = _PACKAGE.parent
-    roots = [_PACKAGE / '_weights']
+    # The user's own weights, e.g. fine-tuned ones: folders separated as in PATH.
+    roots = [Path(root).expanduser() for root in os.environ.get('VISHUB_WEIGHTS', '').split(os.pathsep) if root]
     if (checkout / 'pyproject.toml').is_file():  # else the parent is site-packages, whose `weights` is not ours
-        roots.insert(0, checkout / 'weights')
-    return roots
+        roots.append(checkout / 'weights')
+    return roots + [_PACKAGE / '_weights']
 
 
 def weights_folders() -> Dict[str, Path]:

@@ -7,14 +7,19 @@
     num_test    int    number of test items
     metrics     dict   name -> number; `<name>_ci95` -> [low, high]; the first name is the one in the catalogue,
                        e.g. {'top1': 86.1, 'top1_ci95': [85.4, 86.8], 'top5': 99.4} (accuracies in per cent)
-    training    dict   'command', 'seed', 'epochs', 'wall_s' (seconds), 'hardware', 'recipe' (a sentence or a dict)
+    training    dict   optional; 'command', 'seed', 'epochs', 'wall_s' (seconds), 'hardware', 'recipe' (a sentence or a
+                       dict), and whatever else the training wants to note
     peers       list   optional; same data and budget: {'name', 'num_params', 'metrics', 'wall_s'} each
     robustness  dict   optional; {'metric': 'top1', 'severities': [1, 2, 3, 4, 5],
                        'models': {name: {'noise': [one number a severity], 'blur': […], …}}}
+    card        dict   what only a person can say, all optional: 'licence' (SPDX, default apache-2.0), 'limits' (list of
+                       sentences), 'datasets' (Hub ids), 'description', 'robustness_plot' (file name in the folder)
+    num_params  int    parameters of the model (written here)
     sha256      str    of model.safetensors (written here)
     size        int    of model.safetensors in bytes (written here)
 
-All figures are those of the stored weights: round the model to the storage type before measuring.
+All figures are those of the stored weights: save with `metrics={}`, load the folder, measure, save again. A folder
+without `metrics` is one that was not measured; its card claims nothing.
 """
 import json
 import os
@@ -29,15 +34,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vishub.errors import InputError
-from vishub.files import sha256
+from vishub.files import atomic_path, sha256
 from vishub.hub.card import model_card
 from vishub.hub.find import WEIGHTS_FILE
 
-__all__ = ['catalog_row', 'save_folder']
+__all__ = ['annotate', 'catalog_row', 'save_folder']
 
-# What a metrics.json must have from its maker, and the type of each.
-_REQUIRED = {'data': str, 'split': str, 'num_test': int, 'metrics': dict, 'training': dict}
-_REQUIRED_TRAINING = ('command', 'seed', 'epochs', 'wall_s', 'hardware', 'recipe')
+# What figures need beside them to mean anything, and the type of each.
+_CONTEXT = {'data': str, 'split': str, 'num_test': int}
 # Where weights came from says nothing about these ones, and drop rates belong to training.
 _SOURCE_KEYS = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'architecture', 'custom_load')
 _DROP_RATES = ('drop_rate', 'attn_drop_rate', 'proj_drop_rate', 'drop_path_rate', 'pretrained_model_args')
@@ -61,9 +65,8 @@ def save_folder(
     Args:
         model: A model with timm's `pretrained_cfg` and `num_classes`.
         folder: Where to; its name is the name of the weights, `<arch>.<tag>`.
-        metrics: As described at the top of this file, without `sha256` and `size`.
-        card: What only a person can say: 'licence' (SPDX, default apache-2.0), 'limits' (list of sentences),
-            'datasets' (Hub ids), 'description', 'robustness_plot' (file name in the folder). All optional.
+        metrics: As described at the top of this file, without what is written here.
+        card: The entry `card` of metrics.json.
         dtype: Type in which floating-point tensors are stored.
         model_args: Constructor arguments besides those that `create_model` was given.
         pretrained_cfg: Entries to change in the model's, e.g. input_size, mean, std, label_names.
@@ -72,7 +75,8 @@ def save_folder(
         The folder.
 
     Raises:
-        InputError: If `metrics` lacks something, a tensor is not finite in `dtype`, or timm cannot rebuild the model.
+        InputError: If `metrics` has figures but not what they were measured on, a tensor is not finite in `dtype`, or
+            timm cannot rebuild the model.
     """
     folder = Path(folder)
     _check_metrics(metrics)
@@ -83,20 +87,16 @@ def save_folder(
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
     try:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={'format': 'pt'})
-        file_facts = {
+        metrics = {
+            **metrics,
+            'card': dict(card),
+            'num_params': sum(p.numel() for p in model.parameters()),
             'sha256': sha256(temporary / WEIGHTS_FILE),
             'size': (temporary / WEIGHTS_FILE).stat().st_size,
         }
         _write_json(temporary / 'config.json', config)
-        _write_json(temporary / 'metrics.json', {**metrics, **file_facts})
-        text = model_card(
-            folder.name,
-            num_params=sum(p.numel() for p in model.parameters()),
-            config=config,
-            metrics={**metrics, **file_facts},
-            card=card,
-        )
-        (temporary / 'README.md').write_text(text, encoding='utf-8')
+        _write_json(temporary / 'metrics.json', metrics)
+        (temporary / 'README.md').write_text(model_card(folder.name, config, metrics), encoding='utf-8')
         _check_rebuilds(temporary, tensors)
         folder.mkdir(exist_ok=True)
         # Until metrics.json, the last, is in place, a broken off replacement is noticed: its checksum is the old one.
@@ -107,11 +107,35 @@ def save_folder(
     return folder
 
 
-def catalog_row(folder: Union[str, Path]) -> str:
-    """The row of `vishub/catalog.py` for a saved folder, as source text to paste into `_WEIGHTS`."""
+def annotate(folder: Union[str, Path], **facts: Any) -> None:
+    """Add facts to a saved folder's metrics.json, e.g. `peers`, `robustness` or `card`, and write its card anew.
+
+    Raises:
+        InputError: If a fact is one of the file itself (`sha256`, `size`, `num_params`).
+    """
     folder = Path(folder)
-    metrics = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    fixed = {'sha256', 'size', 'num_params'} & set(facts)
+    if fixed:
+        raise InputError(f'{", ".join(sorted(fixed))} belong to the stored weights: use save_folder')
+    config, metrics = (_read_json(folder / name) for name in ('config.json', 'metrics.json'))
+    metrics.update(facts)
+    _check_metrics(metrics)
+    with atomic_path(folder / 'metrics.json') as path:
+        _write_json(path, metrics)
+    with atomic_path(folder / 'README.md') as path:
+        path.write_text(model_card(folder.name, config, metrics), encoding='utf-8')
+
+
+def catalog_row(folder: Union[str, Path]) -> str:
+    """The row of `vishub/catalog.py` for a saved folder, as source text to paste into `_WEIGHTS`.
+
+    Raises:
+        InputError: If the folder was saved without figures.
+    """
+    folder = Path(folder)
+    config, metrics = (_read_json(folder / name) for name in ('config.json', 'metrics.json'))
+    if not metrics.get('metrics'):
+        raise InputError(f'{folder} has no measured figures, so it has no row in the catalogue')
     metric, value = next(iter(metrics['metrics'].items()))
     fields = {
         'name': folder.name,
@@ -127,14 +151,11 @@ def catalog_row(folder: Union[str, Path]) -> str:
 
 
 def _check_metrics(metrics: Mapping[str, Any]) -> None:
-    for key, kind in _REQUIRED.items():
+    if not metrics.get('metrics'):
+        return
+    for key, kind in _CONTEXT.items():
         if not isinstance(metrics.get(key), kind):
-            raise InputError(f"metrics['{key}'] must be a {kind.__name__}, not {metrics.get(key)!r}")
-    missing = [key for key in _REQUIRED_TRAINING if key not in metrics['training']]
-    if missing:
-        raise InputError(f"metrics['training'] lacks {', '.join(missing)}")
-    if not metrics['metrics']:
-        raise InputError("metrics['metrics'] is empty: it must have at least one measured figure")
+            raise InputError(f"figures need metrics['{key}'] as a {kind.__name__}, not {metrics.get(key)!r}")
 
 
 def _tensors(model: nn.Module, dtype: torch.dtype) -> Dict[str, torch.Tensor]:
@@ -196,6 +217,10 @@ def _check_rebuilds(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.equal(loaded[name], tensor.to(loaded[name].dtype)):
             raise InputError(f"'{name}' does not come back as it was saved")
+
+
+def _read_json(path: Path) -> Dict[str, Any]:
+    return json.loads(path.read_text(encoding='utf-8'))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
