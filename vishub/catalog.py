@@ -214,6 +214,10 @@ _ARCHITECTURES = (
     Architecture('fmvit_medium', 'fmvit', (3, 224, 224)),
     Architecture('fmvit_base', 'fmvit', (3, 224, 224)),
     Architecture('fmvit_large', 'fmvit', (3, 224, 224)),
+    Architecture('nvit', 'nvit', (3, 32, 32)),
+    Architecture('nvit_distilled_patch16_224', 'nvit', (3, 224, 224)),
+    Architecture('revit_small_distilled_patch16_224', 'nvit', (3, 224, 224)),
+    Architecture('revit_tiny_distilled_patch16_224', 'nvit', (3, 224, 224)),
 )
 
 # name, data, metric, value, sha256, size, licence
