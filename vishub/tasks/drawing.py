@@ -79,12 +79,12 @@ def draw_bars(
     typeface = font(text_size)
     for row, (name, share) in enumerate(rows):
         y = top + row * row_height
-        number = f'{share:.1%}'
+        number = '<0.1%' if 0 < share < 5e-4 else f'{share:.1%}'
         number_width = typeface.getlength(number)
         ink = INK if row == 0 else MUTED
         draw.text((left, y), elide(name, typeface, width - number_width - text_size), fill=ink, font=typeface)
         draw.text((left + width - number_width, y), number, fill=ink, font=typeface)
-        y += round(text_size * 1.35)
+        y += round(text_size * 1.5)
         draw.rounded_rectangle((left, y, left + width, y + bar_height), bar_height // 2, fill=_TRACK)
         # A bar shorter than its own height could not be rounded; so small a share gets a dot.
         filled = max(round(share * width), bar_height)

@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Optional, Tuple, Union
+from typing import BinaryIO, List, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vishub.errors import InputError
 
-__all__ = ['FORMATS', 'MAX_PIXELS', 'DecodedImage', 'ImageInput', 'decode_image']
+__all__ = ['FORMATS', 'MAX_PIXELS', 'SUFFIXES', 'DecodedImage', 'ImageInput', 'decode_image', 'images_in']
 
 ImageInput = Union[str, os.PathLike, bytes, BinaryIO, Image.Image, np.ndarray, torch.Tensor]
 
@@ -24,6 +24,10 @@ MAX_PIXELS = 80_000_000  # 240 MB as RGB; below the size at which Pillow starts 
 
 # Raster formats with a signature. Not those that run another program (EPS) or that any bytes may pass for (TGA).
 FORMATS = ('AVIF', 'BMP', 'GIF', 'HEIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP')
+SUFFIXES = frozenset((
+    '.avif', '.bmp', '.gif', '.heic', '.heif', '.jp2', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff',
+    '.webp',
+))
 _READABLE = 'a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF picture'
 
 _URL = re.compile(r'(?i)^([a-z][a-z0-9+.-]+://|data:)')
@@ -82,11 +86,28 @@ def decode_image(image: ImageInput, max_pixels: int = MAX_PIXELS) -> DecodedImag
     )
 
 
+def images_in(folder: Union[str, os.PathLike]) -> List[Path]:
+    """The files in a folder and the folders below it whose names end like pictures, sorted; hidden ones left out.
+
+    Raises:
+        InputError: If there is none.
+    """
+    root = Path(folder)
+    found = sorted(
+        path for path in root.rglob('*')
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+        and not any(part.startswith('.') for part in path.relative_to(root).parts)
+    )
+    if not found:
+        raise InputError(f"the folder '{folder}' holds no pictures: give one with files such as .jpg, .png or .webp")
+    return found
+
+
 def _decode_path(path: Union[str, os.PathLike], max_pixels: int) -> DecodedImage:
     source = os.fspath(path)
     if isinstance(source, bytes):
         source = os.fsdecode(source)
-    name = f"'{source}'"
+    name = f"'{source}'" if source.isprintable() else repr(source)  # a message stays one line
     if _URL.match(source):
         shown = source if len(source) <= 80 else source[:77] + '...'
         raise InputError(f"'{shown}' is an address, not a file: download it first and give the path of the file")

@@ -94,10 +94,9 @@ class ClassificationResult(Result):
         if self.heatmap is not None:
             pictures.append(drawing.fit(drawing.overlay_heat(self.image, self.heatmap), panel, panel))
         bars_left = margin + sum(picture.width + gap for picture in pictures)
-        body = max(pictures[0].height, row_height * len(self.predictions))
         legend = 40 if self.heatmap is not None else 0
-        canvas = Image.new(
-            'RGB', (bars_left + bars_width + margin, header + body + legend + margin), drawing.PAPER)
+        body = max(pictures[0].height + legend, row_height * len(self.predictions) - gap // 2)
+        canvas = Image.new('RGB', (bars_left + bars_width + margin, header + body + margin), drawing.PAPER)
         draw = ImageDraw.Draw(canvas)
 
         title, small = drawing.font(28), drawing.font(18)
