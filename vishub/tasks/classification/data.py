@@ -23,7 +23,7 @@ from vishub.training.recipe import SampleKey
 __all__ = ['AUGMENTATIONS', 'AugmentedSet', 'ImageData', 'ImageSet', 'load_data', 'make_augmentation']
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
-CIFAR10_VALIDATION = 5_000  # the last training items, as ../shared/data says; Fashion-MNIST follows suit
+VALIDATION_SHARE = 0.1  # 5,000 of CIFAR-10's training images, 6,000 of Fashion-MNIST's
 CIFAR10_CLASSES = (
     'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 FASHION_MNIST_CLASSES = (
@@ -82,6 +82,7 @@ class ImageData:
 
     Attributes:
         name: As it stands in cards, e.g. `CIFAR-10 (JPEG)`.
+        tag: As it stands in the names of weights, e.g. `cifar10`.
         classes: Class names, in the order of the labels.
         train: Training split, without the validation split.
         val: Validation split, None if there is none.
@@ -89,6 +90,7 @@ class ImageData:
     """
 
     name: str
+    tag: str
     classes: Tuple[str, ...]
     train: ImageSet
     val: Optional[ImageSet] = None
@@ -152,16 +154,18 @@ def load_data(path: Union[str, Path], in_chans: int = 3, val_share: float = 0.1)
 
 
 def _with_last_as_validation(
-        name: str,
-        classes: Sequence[str],
-        train: ImageSet,
-        test: ImageSet,
-        count: int = CIFAR10_VALIDATION,
-) -> ImageData:
-    """Splits off the last `count` training items (a tenth, if the set is that small)."""
-    count = min(count, len(train) // 10)
-    order = np.arange(len(train))
-    return ImageData(name, tuple(classes), train.take(order[:-count]), train.take(order[-count:]), test)
+        name: str, tag: str, classes: Sequence[str], train: ImageSet, test: ImageSet) -> ImageData:
+    """Splits off the last tenth of each class's training images.
+
+    Of each class, because the packed CIFAR-10 is sorted by class: its last 5,000 training images are all trucks.
+    """
+    last = []
+    for label in range(len(classes)):
+        of_class = np.flatnonzero(train.labels == label)
+        last.append(of_class[len(of_class) - int(len(of_class) * VALIDATION_SHARE):])
+    val = np.sort(np.concatenate(last))
+    rest = np.setdiff1d(np.arange(len(train)), val)
+    return ImageData(name, tag, tuple(classes), train.take(rest), train.take(val), test)
 
 
 def _load_packed(path: Path) -> ImageData:
@@ -179,7 +183,7 @@ def _load_packed(path: Path) -> ImageData:
             images.append(np.asarray(image.convert('RGB')))
     stacked = np.stack(images)
     return _with_last_as_validation(
-        'CIFAR-10 (JPEG)', classes,
+        'CIFAR-10 (JPEG)', 'cifar10', classes,
         ImageSet(stacked[~is_test], labels[~is_test]), ImageSet(stacked[is_test], labels[is_test]))
 
 
@@ -194,7 +198,8 @@ def _load_cifar10(folder: Path) -> ImageData:
     except RuntimeError as error:
         raise InputError(f"'{folder}' is not torchvision's CIFAR-10: {error}") from error
     return _with_last_as_validation(
-        'CIFAR-10', CIFAR10_CLASSES, ImageSet(train.data, train.targets), ImageSet(test.data, test.targets))
+        'CIFAR-10', 'cifar10', CIFAR10_CLASSES, ImageSet(train.data, train.targets),
+        ImageSet(test.data, test.targets))
 
 
 def _read_idx(folder: Path, name: str) -> np.ndarray:
@@ -222,7 +227,7 @@ def _load_fashion_mnist(folder: Path) -> ImageData:
             _read_idx(folder, f'{part}-labels-idx1-ubyte'))
         for part in ('train', 't10k')
     )
-    return _with_last_as_validation('Fashion-MNIST', FASHION_MNIST_CLASSES, train, test)
+    return _with_last_as_validation('Fashion-MNIST', 'fashion_mnist', FASHION_MNIST_CLASSES, train, test)
 
 
 def _load_folder(path: Path, in_chans: int, val_share: float) -> ImageData:
@@ -247,18 +252,20 @@ def _load_folder(path: Path, in_chans: int, val_share: float) -> ImageData:
             raise InputError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in the class folders of '{folder}'")
         return ImageSet(files, labels, in_chans)
 
+    name = path.resolve().name
+    tag = ''.join(c if c.isalnum() else '_' for c in name.lower())
     train = read(root)
     val_folder = next((path / n for n in ('val', 'valid', 'validation') if has_splits and (path / n).is_dir()), None)
     test = read(path / 'test') if has_splits and (path / 'test').is_dir() else None
     if val_folder is not None:
-        return ImageData(path.name, tuple(classes), train, read(val_folder), test)
+        return ImageData(name, tag, tuple(classes), train, read(val_folder), test)
     chosen = []
     for label in range(len(classes)):
         of_class = np.flatnonzero(train.labels == label)
         chosen.append(np.random.default_rng([0, label]).permutation(of_class)[:int(len(of_class) * val_share)])
     val = np.sort(np.concatenate(chosen))
     rest = np.setdiff1d(np.arange(len(train)), val)
-    return ImageData(path.name, tuple(classes), train.take(rest), train.take(val) if len(val) else None, test)
+    return ImageData(name, tag, tuple(classes), train.take(rest), train.take(val) if len(val) else None, test)
 
 
 # -- augmentation -----------------------------------------------------------------------------------------------------

@@ -43,9 +43,9 @@ def to_input(
 
 
 def image_batches(
-        images: ImageSet, side: int, batch_size: int, count: Optional[int] = None) -> Iterator[torch.Tensor]:
-    """uint8 batches `(B, C, H, W)` of the first `count` images; files are resized to `side` one by one."""
-    total = len(images) if count is None else min(count, len(images))
+        images: ImageSet, side: int, batch_size: int) -> Iterator[torch.Tensor]:
+    """uint8 batches `(B, C, H, W)`; files are resized to `side` one by one."""
+    total = len(images)
     for start in range(0, total, batch_size):
         tensors = []
         for index in range(start, min(start + batch_size, total)):
@@ -67,7 +67,6 @@ def predict_logits(
         *,
         batch_size: int = 250,
         device: Optional[torch.device] = None,
-        count: Optional[int] = None,
         corruption: Optional[Tuple[str, int]] = None,
         seed: int = 0,
 ) -> torch.Tensor:
@@ -81,14 +80,13 @@ def predict_logits(
         std: Standard deviation of each channel.
         batch_size: Images a forward pass.
         device: Where the model is; its first parameter's device by default.
-        count: Only the first so many images.
         corruption: (name, severity 1 to 5) applied to the images as stored, before resizing.
         seed: Seed of the corruption.
     """
     model.eval()
     device = device or next(model.parameters()).device
     logits = []
-    for number, batch in enumerate(image_batches(images, side, batch_size, count)):
+    for number, batch in enumerate(image_batches(images, side, batch_size)):
         batch = batch.to(device)
         if corruption is not None:
             batch = corrupt(batch, *corruption, seed=seed * 1_000_003 + number)
@@ -229,18 +227,20 @@ def robustness(
         side: Input side in pixels.
         mean: Mean of each channel, for values 0 to 1.
         std: Standard deviation of each channel.
-        count: Only the first so many images.
+        count: Only so many images, evenly spread over the set (which may be sorted by class).
         batch_size: Images a forward pass.
         seed: Seed of the corruptions: two models see the same corrupted images.
 
     Returns:
         `{'num_images': N, 'clean': top1, 'noise': [five of top1], 'blur': …, 'contrast': …, 'occlusion': …}`.
     """
-    labels = torch.from_numpy(images.labels[:count])
+    if count is not None and count < len(images):
+        images = images.take(np.linspace(0, len(images) - 1, count).astype(int))
+    labels = torch.from_numpy(images.labels)
 
     def accuracy(corruption: Optional[Tuple[str, int]]) -> float:
         logits = predict_logits(
-            model, images, side, mean, std, batch_size=batch_size, count=count, corruption=corruption, seed=seed)
+            model, images, side, mean, std, batch_size=batch_size, corruption=corruption, seed=seed)
         return round(100 * float((logits.argmax(1) == labels).double().mean()), 2)
 
     table: Dict[str, Any] = {'num_images': len(labels), 'clean': accuracy(None)}

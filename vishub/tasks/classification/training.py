@@ -94,7 +94,7 @@ class ClassificationRecipe(Recipe):
         self.augmentation, self.label_smoothing = augmentation, label_smoothing
         self.mixup, self.cutmix, self.mix_prob = mixup, cutmix, mix_prob
         self.validate_on, self.seed, self.command = validate_on, seed, command
-        self.tag = tag or ''.join(c if c.isalnum() else '_' for c in self.data.name.split(' (')[0].lower()).strip('_')
+        self.tag = tag or self.data.tag
         self.num_classes = len(self.data.classes)
         # Channel statistics of the training images, from at most 2000 of them, evenly spread.
         self.mean, self.std = channel_statistics(self.data)
@@ -157,7 +157,10 @@ class ClassificationRecipe(Recipe):
         architecture = self.model_name.split('/')[-1].split('.')[0]
         folder = Path(config.output) / f'{architecture}.{self.tag}'
         model = self.stored_form(model, architecture, side)
-        save_folder(model, folder, metrics={}, card={})
+        arguments = {**self.model_args, 'in_chans': self.data.train.in_chans}
+        for key in ('drop_rate', 'drop_path_rate', 'pretrained'):  # they belong to training
+            arguments.pop(key, None)
+        save_folder(model, folder, metrics={}, card={}, model_args=arguments)
         stored = timm.create_model(f'local-dir:{folder}', pretrained=True).to(next(model.parameters()).device)
         metrics = {
             'data': self.data.name,
@@ -169,7 +172,7 @@ class ClassificationRecipe(Recipe):
             },
             **self.final_figures(stored, side),
         }
-        save_folder(model, folder, metrics=metrics, card={})
+        save_folder(model, folder, metrics=metrics, card={}, model_args=arguments)
         logging.getLogger('vishub.training.main').info('stored %s: %s', folder, metrics.get('metrics'))
         return folder
 
@@ -184,9 +187,7 @@ class ClassificationRecipe(Recipe):
             label_names=list(self.data.classes), url='', file='', state_dict=None, hf_hub_filename=None,
             hf_hub_id=f'vishub/{architecture}.{self.tag}', license='apache-2.0',
         )
-        arguments = {**self.model_args, 'in_chans': channels} if channels != 3 else dict(self.model_args)
         model.pretrained_cfg = model.default_cfg = cfg
-        model.model_args = {k: v for k, v in arguments.items() if k not in ('drop_path_rate', 'drop_rate')}
         return model
 
     def final_figures(self, model: nn.Module, side: int) -> Dict[str, Any]:
@@ -196,7 +197,7 @@ class ClassificationRecipe(Recipe):
             return {'split': None, 'num_test': 0, 'metrics': {}}
         logits = predict_logits(model, split, side, self.mean, self.std)
         return {
-            'split': name, 'num_test': len(split), 'metrics': classification_metrics(logits, split.labels),
+            'split': f'{name} split', 'num_test': len(split), 'metrics': classification_metrics(logits, split.labels),
             'report': class_report(logits, split.labels, self.data.classes),
         }
 
