@@ -563,19 +563,21 @@ class NViT(nn.Module):
                 x = block(x, grid_size)
         return self.norm(x)
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """(B, N, E) -> logits (B, classes); with `pre_logits` the pooled features (B, E)."""
+    def pool(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """(B, N, E) -> what the class head and what the distillation head read, (B, E) each ((B, N, E) unpooled)."""
         x_dist = x
         if self.global_pool == 'token':
-            x_dist = x[:, 1] if self.head_dist is not None else x_dist
+            x_dist = x[:, 1] if self.distilled else x[:, 0]
             x = x[:, 0]
         elif self.global_pool == 'avg':
-            x = x[:, self.num_prefix_tokens:].mean(dim=1)
-            x_dist = x
-        x = self.head_drop(self.fc_norm(x))
+            x = x_dist = x[:, self.num_prefix_tokens:].mean(dim=1)
+        return self.head_drop(self.fc_norm(x)), self.head_drop(self.fc_norm(x_dist))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """(B, N, E) -> logits (B, classes); with `pre_logits` the pooled features (B, E)."""
+        x, x_dist = self.pool(x)
         if self.head_dist is None:
             return x if pre_logits else self.head(x)
-        x_dist = self.head_drop(self.fc_norm(x_dist))
         if pre_logits:
             return (x + x_dist) / 2
         x, x_dist = self.head(x), self.head_dist(x_dist)
