@@ -1,0 +1,122 @@
+"""The Models tab: every family and architecture of the catalogue, with its weights and what they scored."""
+import functools
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Tuple
+
+import gradio as gr
+
+from vishub import catalog
+from vishub.hub import weights_folders
+from vishub.models.cost import count_macs, count_parameters
+
+__all__ = ['TrainedModel', 'build', 'families_html', 'trained_models']
+
+_ALL = 'all tasks'
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Weights on this machine that a tab can offer.
+
+    Attributes:
+        name: `<arch>.<tag>`, what the user sees and chooses.
+        source: What a pipeline loads: `name`, or `local-dir:…` for weights that the catalogue does not have.
+        label_names: Its classes, empty if the folder does not tell.
+        summary: Data and metric in a few words, empty if unknown.
+    """
+    name: str
+    source: str
+    label_names: Tuple[str, ...]
+    summary: str
+
+    @property
+    def tag(self) -> str:
+        return self.name.partition('.')[2]
+
+
+def trained_models(task: str) -> List[TrainedModel]:
+    """The models of a task whose weights are here (came with vishub, or lie in the folders of VISHUB_WEIGHTS)."""
+    of_task = {row.name for row in catalog.architectures(task)}
+    rows = {row.name: row for row in catalog.weights()}
+    models = []
+    for name, folder in weights_folders().items():
+        if name.partition('.')[0] not in of_task:
+            continue
+        row = rows.get(name)
+        summary = f'trained on {row.data}; {row.metric} {row.value:g} on its test split' if row else ''
+        models.append(TrainedModel(name, name if row else f'local-dir:{folder}', _label_names(folder), summary))
+    return models
+
+
+def _label_names(folder: Path) -> Tuple[str, ...]:
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        return tuple(config['label_names'])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+# A few architectures: counted once, when the page is first opened.
+_parameters, _macs = functools.cache(count_parameters), functools.cache(count_macs)
+
+
+def families_html(task: str = _ALL) -> str:
+    """The catalogue as HTML cards, one a family; `task` limits them to one task."""
+    cards = [_card(family) for family in catalog.families() if task in (_ALL, family.task)]
+    return f'<div class="vh-families">{"".join(cards)}</div>'
+
+
+def _card(family: catalog.Family) -> str:
+    text = html.escape
+    architectures = [row for row in catalog.architectures() if row.family == family.name]
+    code = text(family.code_licence)
+    if family.repository:
+        code = f'<a href="https://github.com/{text(family.repository)}" target="_blank" rel="noopener">' \
+               f'{text(family.repository)}</a> ({code})'
+    rows = ''.join(
+        f'<tr><td>{text(row.name)}</td><td>{" x ".join(map(str, row.input))}</td>'
+        f'<td class="vh-number">{_parameters(row.name) / 1e6:.2f} M</td>'
+        f'<td class="vh-number">{_macs(row.name) / 1e9:.2f} G</td></tr>'
+        for row in architectures
+    )
+    table = '<table><thead><tr><th>architecture</th><th>input</th><th class="vh-number">params</th>' \
+            '<th class="vh-number">MACs</th></tr></thead>' \
+            f'<tbody>{rows}</tbody></table>' if rows else '<p class="vh-note">Not in this version yet.</p>'
+    return (
+        f'<article class="vh-family"><h3>{text(family.name)}'
+        f'<span class="vh-task">{text(_spoken(family.task))}</span></h3>'
+        f'<p><a href="https://arxiv.org/abs/{text(family.arxiv)}" target="_blank" rel="noopener">'
+        f'{text(family.title)}</a></p>'
+        f'<p class="vh-note">{text(family.notes)} Official code: {code}. vishub\'s code: Apache-2.0.</p>'
+        f'{table}{_weights([row.name for row in architectures])}</article>'
+    )
+
+
+def _weights(architectures: List[str]) -> str:
+    rows = [row for row in catalog.weights() if row.architecture in architectures]
+    if not rows:
+        return '<p class="vh-note">No trained weights yet.</p>' if architectures else ''
+    text = html.escape
+    body = ''.join(
+        f'<tr><td>{text(row.name)}</td><td>{text(row.data)}</td>'
+        f'<td class="vh-number">{text(row.metric)} {row.value:g}</td><td>{text(row.licence)}</td></tr>'
+        for row in rows
+    )
+    return '<table><thead><tr><th>weights</th><th>data</th><th class="vh-number">test split</th><th>licence</th></tr>' \
+           f'</thead><tbody>{body}</tbody></table>'
+
+
+def _spoken(task: str) -> str:
+    return task.replace('_', ' ')
+
+
+def build() -> None:
+    """Add the tab's content to the Blocks around it."""
+    choices = [(_ALL, _ALL)] + [(_spoken(task), task) for task in catalog.tasks()]
+    task = gr.Dropdown(choices, value=_ALL, label='Task', elem_id='vh-task')
+    # A function as the value is called when the page opens, so that counting does not delay the start.
+    cards = gr.HTML(families_html, elem_id='vh-models')
+    task.input(families_html, task, cards, api_visibility='private', show_progress='hidden')

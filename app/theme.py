@@ -1,0 +1,79 @@
+"""How the page looks: system fonts (nothing is fetched from outside), light and dark, from a phone to a wide screen."""
+import gradio as gr
+
+__all__ = ['CSS', 'theme']
+
+_SANS = ('system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'Helvetica Neue', 'Arial', 'sans-serif')
+_MONO = ('ui-monospace', 'SFMono-Regular', 'Menlo', 'Consolas', 'monospace')
+
+
+def theme() -> gr.themes.Base:
+    """The Gradio theme; colours come in a light and a dark variant by themselves."""
+    return gr.themes.Default(
+        primary_hue=gr.themes.colors.teal,
+        secondary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        font=_SANS,
+        font_mono=_MONO,
+    ).set(
+        body_background_fill='*neutral_50',
+        body_background_fill_dark='*neutral_950',
+        button_primary_background_fill='*primary_700',
+        button_primary_background_fill_hover='*primary_600',
+        button_primary_background_fill_dark='*primary_700',
+        button_primary_background_fill_hover_dark='*primary_600',
+        button_primary_text_color='white',
+        button_primary_text_color_dark='white',
+        color_accent='*primary_600',
+        body_text_color_subdued='*neutral_600',
+        body_text_color_subdued_dark='*neutral_400',
+        link_text_color='*primary_700',
+        link_text_color_dark='*primary_300',
+    )
+
+
+# Colours only through Gradio's variables, so that dark mode needs no second set.
+CSS = """
+.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container .html-container { padding: 0; }
+#vh-header { padding: 8px 0 0; }
+#vh-header h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; letter-spacing: -0.02em; }
+#vh-header p, #vh-footer { color: var(--body-text-color-subdued); margin: 4px 0 0; }
+#vh-footer { font-size: var(--text-sm); padding: 8px 0; }
+.vh-note { color: var(--body-text-color-subdued); font-size: var(--text-sm); line-height: 1.5; }
+#vh-examples .grid-wrap { height: auto; min-height: 0; max-height: none; }
+.vh-note b { color: var(--body-text-color); font-weight: 600; }
+
+.vh-status { border-radius: var(--radius-md); padding: 10px 14px; border: 1px solid var(--border-color-primary);
+    background: var(--block-background-fill); overflow-wrap: anywhere; line-height: 1.45; }
+.vh-status.vh-error { border-color: var(--error-border-color); border-left-width: 5px; font-weight: 500; }
+.vh-status progress { display: block; width: 100%; height: 6px; margin-top: 8px; accent-color: var(--color-accent); }
+
+.vh-facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(100px, 1fr)); gap: 8px; margin: 0; }
+.vh-facts div:first-child { grid-column: 1 / -1; }
+.vh-facts div { border: 1px solid var(--border-color-primary); border-radius: var(--radius-md); padding: 8px 12px;
+    background: var(--block-background-fill); min-width: 0; }
+.vh-facts dt { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
+.vh-facts dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+
+.vh-families { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 12px; }
+.vh-family { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: 14px 16px;
+    background: var(--block-background-fill); min-width: 0; display: flex; flex-direction: column; gap: 6px; }
+.vh-family h3 { margin: 0; font-size: 1.05rem; display: flex; gap: 8px; align-items: baseline; flex-wrap: wrap; }
+.vh-family p { margin: 0; line-height: 1.45; overflow-wrap: anywhere; }
+.vh-family a { margin: 0; padding: 0; color: var(--link-text-color); text-decoration: underline; text-underline-offset: 2px; }
+.vh-family table { width: 100%; border-collapse: collapse; font-size: var(--text-sm); }
+.vh-family th, .vh-family td { text-align: left; padding: 4px 8px 4px 0; border: 0;
+    border-bottom: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
+.vh-family th { font-weight: 500; color: var(--body-text-color-subdued); }
+.vh-family .vh-number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.vh-family tr > :last-child { padding-right: 0; }
+.vh-task { font-size: var(--text-xs); font-weight: 500; border-radius: 999px; padding: 1px 9px;
+    border: 1px solid var(--border-color-primary); color: var(--body-text-color-subdued); }
+
+@media (max-width: 640px) {
+    .gradio-container .main { padding: 8px 12px; }
+    #vh-header h1 { font-size: 1.4rem; }
+}
+"""
