@@ -35,24 +35,25 @@ MIN_INPUT_SIZE = 32  # the last stage divides by 32 and needs one pixel
 
 
 def merge_norm(weight: torch.Tensor, norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Kernel and bias, in float32, of the one convolution that equals `norm` (in eval mode) after a convolution.
+    """Kernel and bias of the one convolution that equals `norm` (in eval mode) after a convolution.
 
-    With t = gamma / sqrt(var + eps) the kernel is W * t, per output channel, and the bias beta - mean * t.
+    With t = gamma / sqrt(var + eps) the kernel is W * t, per output channel, and the bias beta - mean * t. Half
+    precision is merged in float32.
 
     Args:
         weight: Kernel of the convolution (out, in / groups, k, k); it has no bias.
         norm: BatchNorm over `out` channels.
     """
-    scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
-    return weight.float() * scale.view(-1, 1, 1, 1), norm.bias.float() - norm.running_mean.float() * scale
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scale = norm.weight.to(dtype) / torch.sqrt(norm.running_var.to(dtype) + norm.eps)
+    return weight.to(dtype) * scale.view(-1, 1, 1, 1), norm.bias.to(dtype) - norm.running_mean.to(dtype) * scale
 
 
 class MergeableConv(nn.Module):
     """Base of the modules that train as branches with BatchNorm and are deployed as one convolution with a bias.
 
-    The deployed form is recognised by its `conv.bias`; no training form has a parameter of that name.
+    Either form has an attribute `conv`, and `conv.bias` tells the deployed form: no training form has that parameter.
     """
-    conv: Optional[nn.Conv2d]
 
     @property
     def is_merged(self) -> bool:
@@ -138,7 +139,7 @@ class ConvNorm(MergeableConv):
 
     def merged_kernel(self) -> Tuple[torch.Tensor, torch.Tensor]:
         if self.is_merged:
-            return self.conv.weight.float(), self.conv.bias.float()
+            return self.conv.weight, self.conv.bias
         return merge_norm(self.conv.weight, self.bn)
 
     def merge_into_conv(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -190,9 +191,10 @@ class MultiGroupConv(MergeableConv):
         if self.conv is not None:
             return self.conv(x)
         else:
-            y = self.branches[0](x)
-            for branch in self.branches[1:]:
-                y = y + branch(x)
+            outputs = [branch(x) for branch in self.branches]
+            y = outputs[0]
+            for other in outputs[1:]:
+                y = y + other
             return y
 
 
