@@ -39,9 +39,9 @@ def list_command(
         task: Optional[str] = typer.Option(None, help='Only models for this task, e.g. classification.'),
         pretrained: bool = typer.Option(False, '--pretrained', help='Only models that have trained weights.'),
         as_json: bool = typer.Option(False, '--json', help='Print a JSON list.'),
-        markdown: bool = typer.Option(False, '--markdown', help='Print the table of all models as Markdown, as in README.'),
+        markdown: bool = typer.Option(False, '--markdown', help='Print the table of all models as README has it.'),
 ) -> None:
-    """List the models: what each is for, its paper, and the weights it has."""
+    """List the models: what each is for, its default input, and the weights it has with their main figure."""
     from vishub.listing import figure, markdown_table, model_rows
 
     if markdown:
@@ -52,13 +52,12 @@ def list_command(
         typer.echo(json.dumps(rows, indent=2))
         return
     table = Table(box=None, header_style='bold', pad_edge=False)
-    for column in ('Model', 'Task', 'Input', 'Paper', 'Weights'):
-        table.add_column(column, no_wrap=column in ('Model', 'Input'))
+    for column in ('Model', 'Task', 'Input', 'Weights'):
+        table.add_column(column, no_wrap=column != 'Task')
     for row in rows:
-        weights = [f'{weight["name"]} ({figure(weight)})' for weight in row['weights']]
+        weights = [f'.{weight["name"].partition(".")[2]} {figure(weight)}' for weight in row['weights']]
         table.add_row(
-            row['name'], row['task'], 'x'.join(map(str, row['input'])), f'arXiv {row["arxiv"]}',
-            '\n'.join(weights) or '–')
+            row['name'], row['task'], 'x'.join(map(str, row['input'])), '\n'.join(weights) or '–')
     Console(highlight=False, markup=False).print(table)
     typer.echo(f'{len(rows)} models. More about one: vishub info MODEL')
 

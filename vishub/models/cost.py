@@ -2,6 +2,7 @@
 
 Models are built on the meta device: shapes only, so that no memory is filled and nothing is computed.
 """
+import functools
 from typing import Tuple
 
 import timm
@@ -13,13 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 __all__ = ['count_macs', 'count_parameters', 'default_input']
 
 
+@functools.lru_cache(maxsize=None)
 def count_parameters(model_name: str) -> int:
     """Number of parameters of a registered `architecture` or `architecture.tag`."""
     return sum(p.numel() for p in _on_meta(model_name).parameters())
 
 
 def default_input(model_name: str) -> Tuple[int, ...]:
-    """Shape of the default input without the batch, e.g. (3, 224, 224); a tag may have another than its architecture."""
+    """Shape of the default input without the batch, e.g. (3, 224, 224); a tag may have one of its own."""
     return tuple(_on_meta(model_name).pretrained_cfg['input_size'])
 
 
