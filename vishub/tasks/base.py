@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
 
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -137,7 +138,10 @@ class Pipeline(abc.ABC):
             folder = Path(name.removeprefix('local-dir:'))
             if not (folder / 'config.json').is_file():
                 raise InputError(f"'{folder}' holds no config.json: give local-dir: and the folder of saved weights")
-        return vishub.create_model(name, pretrained=True)
+        if ':' not in name and not name.startswith('vishub/') and timm.is_model(name):
+            # Ours too, through the same resolver; but create_model of vishub knows no names of timm's own.
+            return timm.create_model(name, pretrained=True)
+        return vishub.create_model(name, pretrained=True)  # an unknown name is answered with the nearest ones
 
     @abc.abstractmethod
     def __call__(self, *args: Any, **options: Any) -> Any:

@@ -57,7 +57,8 @@ def predict_files(
     start = time.monotonic()
     # rich may send what others print to its own console; but the results on stdout are not for stderr.
     bar = Progress(
-        console=Console(stderr=True), transient=True, disable=len(paths) < 2, redirect_stdout=sys.stdout.isatty())
+        console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty(),
+        disable=len(paths) < 2 or not sys.stderr.isatty())
     with bar:
         task = bar.add_task('Pictures', total=len(paths), visible=False)
         for path in paths:

@@ -187,8 +187,8 @@ class ClassificationPipeline(Pipeline):
             image: Anything that `vishub.tasks.images.decode_image` takes, or a list of such; a list gives a list of
                 results in the same order.
             top_k: How many classes to return, at most all.
-            heatmap: Also compute where the evidence lies, see `class_activation_map`. It takes about two to three
-                times as long as the scores, which stay the same.
+            heatmap: Also compute where the evidence lies, see `class_activation_map`. This runs the model a second
+                time, with gradients; the scores stay the same.
             batch_size: Pictures run at once when a list is given.
             heatmap_index: Class that the heat map speaks of; the most probable one by default.
             progress: Called with (pictures done, pictures in all) before the first batch and after each.
@@ -349,11 +349,12 @@ _MOVES = frozenset((
 def class_activation_map(model: nn.Module, x: torch.Tensor, classes: torch.Tensor) -> Optional[torch.Tensor]:
     """Where in the picture the evidence for a class lies.
 
-    Last feature map times the gradient of the class's score with respect to it, summed over channels, positive part,
-    divided by its maximum: HiResCAM (Draelos and Carin, 2020, arXiv 2011.08891, equation 4). With global average
-    pooling and a linear classifier the gradient is the same everywhere and this equals Grad-CAM and CAM. The score of
-    a vision transformer with a class token does not depend on the last patch tokens, so the map is taken one block
-    earlier there, which makes it coarser evidence.
+    Grad-CAM (Selvaraju et al., 2017, arXiv 1610.02391, equations 1 and 2): the channels of the last feature map,
+    weighted by the gradient of the class's score averaged over positions, summed, positive part, divided by the
+    maximum. With global average pooling and a linear classifier this is exactly how the score comes about. The score
+    of a vision transformer with a class token does not depend on the last patch tokens, so the map is taken one block
+    earlier there, and only hints at what mattered. (Weighting each position by its own gradient would not do: behind
+    a layer norm, tokens and gradients are orthogonal, and nothing but rounding would be left.)
 
     Nothing is hooked into the model and no `.grad` is touched, so threads may share it.
 
@@ -386,7 +387,8 @@ def class_activation_map(model: nn.Module, x: torch.Tensor, classes: torch.Tenso
         activation, slope = _as_map(tensor, size, prefix), _as_map(gradient, size, prefix)
         if activation is None or slope is None or activation.shape != slope.shape or not slope.any():
             continue
-        evidence = (activation.detach() * slope).sum(dim=1).float().relu()  # B, h, w
+        weight = slope.float().mean(dim=(2, 3), keepdim=True)  # B, C, 1, 1
+        evidence = (activation.detach().float() * weight).sum(dim=1).relu()  # B, h, w
         return evidence / evidence.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return None
 
