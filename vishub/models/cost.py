@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 __all__ = ['count_macs', 'count_parameters', 'default_input']
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def count_parameters(model_name: str) -> int:
     """Number of parameters of a registered `architecture` or `architecture.tag`."""
     return sum(p.numel() for p in _on_meta(model_name).parameters())

@@ -40,7 +40,7 @@ from timm.layers import (
 )
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import nn
 
 from vishub.models.builder import build_model
