@@ -175,8 +175,10 @@ class _Run:
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         # timm leaves vectors and the model's no_weight_decay() out of the decay
+        # torch's own Adam has a fused form, on the CPU three times as fast as the default; others may not know the word.
+        fused = {'fused': True} if config.opt in ('adam', 'adamw') else {}
         optimizer = create_optimizer_v2(
-            self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True)
+            self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True, **fused)
         self.schedule = CosineLRScheduler(
             optimizer,
             t_initial=self.total_steps,
