@@ -86,6 +86,7 @@ class Pruner:
         self._sum: Dict[Key, torch.Tensor] = {}
         self._batches = 0
         self._running: Dict[Key, torch.Tensor] = {}
+        self._ranked: Dict[Key, torch.Tensor] = {}  # the saliency that the last step went by
 
     @property
     def relative_cost(self) -> float:
@@ -106,6 +107,7 @@ class Pruner:
                 mean = momentum * self._running[key] + (1 - momentum) * mean
             self._running[key] = mean
         self._sum, self._batches = {}, 0
+        self._ranked = dict(self._running)
 
     def _groups(self) -> Dict[Key, List[Tuple[float, torch.Tensor]]]:
         """Per (kind, block): (value, unit indices) of every group, lowest units first.
@@ -175,6 +177,6 @@ class Pruner:
         for key, alive in self.structure.alive.items():
             size, group = int(alive.sum()), GROUP_SIZES[key[0]]
             if key[0] != 'head' and size > group and size % group:
-                saliency = self._running[key].masked_fill(~alive, float('inf'))
+                saliency = self._ranked[key].masked_fill(~alive, float('inf'))
                 alive[torch.argsort(saliency, stable=True)[:size % group]] = False
         self.structure.zero_dead()
