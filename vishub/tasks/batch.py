@@ -62,13 +62,14 @@ def predict_files(
     with bar:
         task = bar.add_task('Pictures', total=len(paths), visible=False)
         for path in paths:
+            outcome: Union[Result, InputError]
             try:
-                outcome: Union[Result, InputError] = pipe(path, **options)
+                outcome = result = pipe(path, **options)
             except InputError as error:
                 outcome = error
             else:
                 if output is not None:
-                    _save(outcome, output, Path(path).stem, taken)
+                    _save(result, output, Path(path).stem, taken)
             bar.update(task, advance=1, visible=time.monotonic() - start > 2)
             yield path, outcome
 

@@ -1,11 +1,13 @@
 """Drawing results with Pillow alone: text that fits, bars, and heat maps laid over pictures."""
 import functools
-from typing import Sequence, Tuple
+from typing import Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 __all__ = ['ACCENT', 'INK', 'MUTED', 'PAPER', 'draw_bars', 'elide', 'fit', 'font', 'heat_colours', 'overlay_heat']
+
+Font = Union[ImageFont.FreeTypeFont, ImageFont.ImageFont]
 
 PAPER = (255, 255, 255)
 INK = (24, 28, 38)
@@ -19,12 +21,12 @@ _HEAT = np.array([(13, 8, 80), (95, 10, 160), (170, 35, 145), (222, 80, 95), (25
 
 
 @functools.lru_cache(maxsize=16)
-def font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> Font:
     """Pillow's own typeface at `size` pixels, the same on every machine."""
     return ImageFont.load_default(size)
 
 
-def elide(text: str, typeface: ImageFont.FreeTypeFont, width: float) -> str:
+def elide(text: str, typeface: Font, width: float) -> str:
     """`text`, its end replaced by an ellipsis if it is wider than `width` pixels."""
     if typeface.getlength(text) <= width:
         return text

@@ -1,5 +1,4 @@
 """Classification: a picture in, the most probable classes out, and a heat map of what spoke for the first."""
-import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -120,8 +119,8 @@ class ClassificationResult(Result):
     def _draw_legend(self, canvas: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
         scale = drawing.heat_colours(np.linspace(0, 1, 96)[None].repeat(12, axis=0))  # 12, 96, 3
         canvas.paste(Image.fromarray(scale), (left, top + 4))
-        labels = {p.index: p.label for p in self.predictions}
-        label = labels.get(self.heatmap_index, f'class {self.heatmap_index}')
+        labels = [p.label for p in self.predictions if p.index == self.heatmap_index]
+        label = labels[0] if labels else f'class {self.heatmap_index}'
         text = drawing.elide(f'evidence for {label}', drawing.font(18), 340)
         draw.text((left + 108, top - 2), text, fill=drawing.MUTED, font=drawing.font(18))
 
@@ -199,12 +198,10 @@ class ClassificationPipeline(Pipeline):
         """
         if top_k < 1:
             raise InputError(f'top_k is {top_k}: give 1 or more')
-        if heatmap_index is not None and not 0 <= heatmap_index < (self.num_classes or math.inf):
-            raise InputError(f'heatmap_index is {heatmap_index}: give 0 to {self.num_classes - 1}')
         several = isinstance(image, (list, tuple))
-        inputs = list(enumerate(image)) if several else [(0, image)]
+        inputs: List[Tuple[int, Any]] = list(enumerate(image if isinstance(image, (list, tuple)) else [image]))
 
-        def run(batch: List[Tuple[int, ImageInput]]) -> List[ClassificationResult]:
+        def run(batch: List[Tuple[int, Any]]) -> List[ClassificationResult]:
             decoded = [self._decode(item, f'image {number + 1} of {len(inputs)}: ' if several else '')
                        for number, item in batch]
             return self._classify(decoded, top_k, heatmap, heatmap_index)
@@ -245,7 +242,12 @@ class ClassificationPipeline(Pipeline):
         latency_ms = (time.perf_counter() - start) * 1000 / len(decoded)
         if not probabilities.isfinite().all():
             raise InputError(f"'{self.name}' gave scores that are not finite: its weights are damaged")
-        best, indices = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
+        num_classes = probabilities.shape[-1]
+        if self.label_names and len(self.label_names) != num_classes:
+            raise InputError(f"'{self.name}' has {num_classes} classes but names for {len(self.label_names)}")
+        if heatmap_index is not None and not 0 <= heatmap_index < num_classes:
+            raise InputError(f'heatmap_index is {heatmap_index}: give 0 to {num_classes - 1}')
+        best, indices = probabilities.topk(min(top_k, num_classes), dim=-1)
 
         heatmaps: List[Optional[np.ndarray]] = [None] * len(decoded)
         explained: List[Optional[int]] = [None] * len(decoded)
@@ -287,8 +289,8 @@ class ClassificationPipeline(Pipeline):
         if self.input_size[0] == 1:
             image = image.convert('L')
         # Where the pixel at x of the image is now: x * scale - shift.
-        scale, shift, step = [1.0, 1.0], [0.0, 0.0], image
-        size = image.size
+        scale, shift, size = [1.0, 1.0], [0.0, 0.0], image.size
+        step: Any = image  # later the tensor
         for transform in self.transform.transforms:
             step = transform(step)
             if isinstance(transform, (Resize, ResizeKeepRatio)):
@@ -301,9 +303,8 @@ class ClassificationPipeline(Pipeline):
                     for new, old in zip(step.size, size)
                 ]
                 size = step.size
-        box = tuple(
-            (edge + shift[axis]) / scale[axis] for edge, axis in ((0, 0), (0, 1), (size[0], 0), (size[1], 1)))
-        return step, box
+        left, top = shift[0] / scale[0], shift[1] / scale[1]
+        return step, (left, top, left + size[0] / scale[0], top + size[1] / scale[1])
 
 
 def _data_config(model: nn.Module, name: str, cfg: Dict[str, Any]) -> Dict[str, Any]:
@@ -316,7 +317,7 @@ def _data_config(model: nn.Module, name: str, cfg: Dict[str, Any]) -> Dict[str, 
         channels = getattr(model.get_submodule(first), 'in_channels', channels)
     if channels not in (1, 3):
         raise InputError(f"'{name}' takes {channels} channels: pictures have 1 (grey) or 3 (RGB)")
-    patch_embed = getattr(model, 'patch_embed', None)
+    patch_embed: Any = getattr(model, 'patch_embed', None)
     if getattr(patch_embed, 'strict_img_size', False) and patch_embed.img_size:
         height, width = patch_embed.img_size
     config['input_size'] = (channels, height, width)
@@ -333,7 +334,7 @@ def _label_names(cfg: Dict[str, Any], num_classes: Optional[int]) -> Optional[Tu
     if names and num_classes in (None, len(names)):  # a model with a new head keeps the old names in its configuration
         return tuple(map(str, names))
     subset = infer_imagenet_subset({'num_classes': num_classes})
-    if subset is None:
+    if subset is None or num_classes is None:
         return None
     info = ImageNetInfo(subset)
     return tuple(info.index_to_description(index) for index in range(num_classes))
@@ -346,7 +347,7 @@ _MOVES = frozenset((
 ))
 
 
-def class_activation_map(model: nn.Module, x: torch.Tensor, classes: torch.Tensor) -> Optional[torch.Tensor]:
+def class_activation_map(model: Any, x: torch.Tensor, classes: torch.Tensor) -> Optional[torch.Tensor]:
     """Where in the picture the evidence for a class lies.
 
     Grad-CAM (Selvaraju et al., 2017, arXiv 1610.02391, equations 1 and 2): the channels of the last feature map,
@@ -400,7 +401,10 @@ def _gradient_edge(tensor: torch.Tensor) -> GradientEdge:
     """
     edge = get_gradient_edge(tensor)
     while edge.node.name() in _MOVES:
-        edge = GradientEdge(*edge.node.next_functions[0])
+        node, output = edge.node.next_functions[0]
+        if node is None:
+            break
+        edge = GradientEdge(node, output)
     return edge
 
 
