@@ -7,10 +7,14 @@ on the whole batch, by the recipe.
 import dataclasses
 import gzip
 import io
+import pickle
 import random
 import struct
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -18,11 +22,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vishub.errors import InputError, import_extra
+from vishub.tasks.images import decode_image, images_in
 from vishub.training.recipe import SampleKey
 
 __all__ = ['AUGMENTATIONS', 'AugmentedSet', 'ImageData', 'ImageSet', 'load_data', 'make_augmentation']
 
-IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 VALIDATION_SHARE = 0.1  # 5,000 of CIFAR-10's training images, 6,000 of Fashion-MNIST's
 CIFAR10_CLASSES = (
     'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
@@ -58,16 +62,34 @@ class ImageSet:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 `(H, W, C)`."""
+        """Image `index` as uint8 `(H, W, C)`; a file is decoded as the pipeline does (upright, white behind it)."""
         if isinstance(self.images, np.ndarray):
             return self.images[index]
-        path = self.images[index]
-        try:
-            with Image.open(path) as image:
-                array = np.asarray(image.convert('L' if self.in_chans == 1 else 'RGB'))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"'{path}' is no readable image: {error}") from error
+        image = decode_image(self.images[index]).image
+        array = np.asarray(image.convert('L') if self.in_chans == 1 else image)
         return array.reshape(*array.shape[:2], self.in_chans)
+
+    def check(self) -> None:
+        """Decode every file once.
+
+        Raises:
+            InputError: If any cannot be decoded; names the first and says how many more there are.
+        """
+        if isinstance(self.images, np.ndarray):
+            return
+
+        def fault(index: int) -> Optional[str]:
+            try:
+                self[index]
+            except InputError as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor() as pool:  # decoders leave Python's lock
+            faults = [message for message in pool.map(fault, range(len(self))) if message]
+        if faults:
+            more = f' (and {len(faults) - 1} more of {len(self)} images)' if len(faults) > 1 else ''
+            raise InputError(f'{faults[0]}{more}')
 
     def take(self, indices: Sequence[int]) -> 'ImageSet':
         """The images of these indices, in this order."""
@@ -87,6 +109,9 @@ class ImageData:
         train: Training split, without the validation split.
         val: Validation split, None if there is none.
         test: Test split, None if there is none.
+
+    Raises:
+        InputError: If there are less than two classes, no training images, or labels of other classes.
     """
 
     name: str
@@ -95,6 +120,21 @@ class ImageData:
     train: ImageSet
     val: Optional[ImageSet] = None
     test: Optional[ImageSet] = None
+
+    def __post_init__(self) -> None:
+        count = len(self.classes)
+        if count < 2:
+            raise InputError(f'{self.name} has {count} class(es); a classifier needs at least two')
+        if not len(self.train):
+            raise InputError(f'{self.name} has no training images')
+        for split, images in (('training', self.train), ('validation', self.val), ('test', self.test)):
+            if images is None or not len(images):
+                continue
+            low, high = int(images.labels.min()), int(images.labels.max())
+            if low < 0 or high >= count:
+                raise InputError(
+                    f'the {split} images of {self.name} have labels from {low} to {high}; '
+                    f'its {count} classes are 0 to {count - 1}')
 
     def with_validation_on(self, split: str) -> 'ImageData':
         """The same data with another choice of validation split.
@@ -122,7 +162,8 @@ class ImageData:
         return dataclasses.replace(self, train=train, val=self.test if split == 'test' else None)
 
 
-def load_data(path: Union[str, Path], in_chans: int = 3, val_share: float = 0.1) -> ImageData:
+def load_data(
+        path: Union[str, Path], in_chans: int = 3, val_share: float = 0.1, check: bool = True) -> ImageData:
     """Read a data set; its kind is told by what lies at `path`.
 
     Args:
@@ -135,6 +176,7 @@ def load_data(path: Union[str, Path], in_chans: int = 3, val_share: float = 0.1)
         in_chans: 1 reads the images of folders as grey, 3 as RGB. The other kinds have their own.
         val_share: Share of the images of an image folder without `val` that becomes the validation split (every
             class alike, chosen by a fixed seed).
+        check: Decode every file of an image folder once, so that a damaged one is found now and not hours later.
 
     Raises:
         InputError: If nothing of the kind lies there, or it is damaged.
@@ -143,14 +185,20 @@ def load_data(path: Union[str, Path], in_chans: int = 3, val_share: float = 0.1)
     if path.is_file() and path.suffix == '.npz':
         return _load_packed(path)
     if not path.is_dir():
-        raise InputError(f"data '{path}' does not exist; give an image folder, a torchvision folder or an .npz file")
+        fault = 'is a file of another kind' if path.exists() else 'does not exist'
+        raise InputError(f"data '{path}' {fault}; give an image folder, a torchvision folder or an .npz file")
     for folder in (path / 'cifar-10-batches-py', path):
         if (folder / 'data_batch_1').is_file():
             return _load_cifar10(folder)
     for folder in (path / 'FashionMNIST' / 'raw', path / 'raw', path):
         if any((folder / f'train-images-idx3-ubyte{suffix}').is_file() for suffix in ('', '.gz')):
             return _load_fashion_mnist(folder)
-    return _load_folder(path, in_chans, val_share)
+    data = _load_folder(path, in_chans, val_share)
+    if check:
+        for images in (data.train, data.val, data.test):
+            if images is not None:
+                images.check()
+    return data
 
 
 def _with_last_as_validation(
@@ -165,7 +213,9 @@ def _with_last_as_validation(
         last.append(of_class[len(of_class) - int(len(of_class) * VALIDATION_SHARE):])
     val = np.sort(np.concatenate(last))
     rest = np.setdiff1d(np.arange(len(train)), val)
-    return ImageData(name, tag, tuple(classes), train.take(rest), train.take(val), test)
+    return ImageData(
+        name, tag, tuple(classes), train.take(rest), train.take(val) if len(val) else None,
+        test if len(test) else None)
 
 
 def _load_packed(path: Path) -> ImageData:
@@ -174,48 +224,106 @@ def _load_packed(path: Path) -> ImageData:
         with np.load(path, allow_pickle=False) as file:
             blob, offsets, labels = file['blob'], file['offsets'], file['labels']
             is_test, classes = file['is_test'].astype(bool), [str(c) for c in file['classes']]
-    except (KeyError, OSError, ValueError) as error:
+        if not len(labels) == len(is_test) == len(offsets) - 1:
+            raise ValueError(f'{len(offsets) - 1} images, {len(labels)} labels, {len(is_test)} marks of the test split')
+    except (KeyError, EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"'{path}' is not a packed image set: {error}") from error
     data = blob.tobytes()
     images = []
-    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
-        with Image.open(io.BytesIO(data[start:end])) as image:
-            images.append(np.asarray(image.convert('RGB')))
+    for number, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist())):
+        try:
+            with Image.open(io.BytesIO(data[start:end]), formats=('JPEG',)) as image:
+                images.append(np.asarray(image.convert('RGB')))
+        except (OSError, ValueError) as error:
+            raise InputError(f"image {number} of '{path}' cannot be decoded: {error}") from error
+        if images[-1].shape != images[0].shape:
+            raise InputError(f"image {number} of '{path}' has another size than the first")
     stacked = np.stack(images)
     return _with_last_as_validation(
         'CIFAR-10 (JPEG)', 'cifar10', classes,
         ImageSet(stacked[~is_test], labels[~is_test]), ImageSet(stacked[is_test], labels[is_test]))
 
 
-def _load_cifar10(folder: Path) -> ImageData:
-    """CIFAR-10 as torchvision stores it.
+class _PickledArray:
+    """What a pickled numpy array says of itself: shape and bytes. Calls nothing of numpy's."""
 
-    Its files are pickles; torchvision checks their MD5 sums before it reads them, so they are left to it.
-    """
-    from torchvision.datasets import CIFAR10
+    def __init__(self, *_arguments: Any):
+        self.shape: Tuple[int, ...] = ()
+        self.bytes = b''
+
+    def __setstate__(self, state: Tuple[Any, ...]) -> None:
+        _version, self.shape, dtype, column_order, content = state
+        if dtype.code not in ('u1', '|u1') or column_order:
+            raise pickle.UnpicklingError('its array is not one of uint8 in row order')
+        # Python 2 wrote bytes as text
+        self.bytes = content.encode('latin1') if isinstance(content, str) else bytes(content)
+
+
+class _PickledType:
+    """A pickled numpy dtype, as its code."""
+
+    def __init__(self, code: str, *_arguments: Any):
+        self.code = code
+
+    def __setstate__(self, state: Any) -> None:
+        pass  # byte order and the like, of no meaning for single bytes
+
+
+class _BatchUnpickler(pickle.Unpickler):
+    """Reads CIFAR-10's batches. Whatever a file asks for, it gets nothing but the stand-ins above."""
+
+    ADMITTED = {
+        ('numpy.core.multiarray', '_reconstruct'): _PickledArray,
+        ('numpy._core.multiarray', '_reconstruct'): _PickledArray,
+        ('numpy', 'ndarray'): _PickledArray,
+        ('numpy', 'dtype'): _PickledType,
+        ('_codecs', 'encode'): lambda text, _encoding: text.encode('latin1'),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self.ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f'it asks for {module}.{name}, which no image batch needs') from None
+
+
+def _read_cifar10_batch(path: Path) -> ImageSet:
+    """One file of the Python version (cs.toronto.edu/~kriz/cifar.html): a row has 1024 red, green, then blue values."""
     try:
-        train, test = (CIFAR10(str(folder.parent), train=is_train) for is_train in (True, False))
-    except RuntimeError as error:
-        raise InputError(f"'{folder}' is not torchvision's CIFAR-10: {error}") from error
+        with open(path, 'rb') as file:
+            batch = _BatchUnpickler(file, encoding='latin1').load()
+        array, labels = batch['data'], batch['labels']
+        if len(array.shape) != 2 or array.shape[1] != 3 * 32 * 32:
+            raise ValueError(f'its array has the shape {array.shape}, not (N, 3072)')
+        images = np.frombuffer(array.bytes, dtype=np.uint8).reshape(array.shape[0], 3, 32, 32)
+        return ImageSet(images.transpose(0, 2, 3, 1), [int(label) for label in labels])
+    except Exception as error:  # damaged pickles raise anything
+        raise InputError(f"'{path}' is not a batch of CIFAR-10: {error}") from error
+
+
+def _load_cifar10(folder: Path) -> ImageData:
+    """CIFAR-10 as torchvision stores it, without torchvision, which would let its pickles run any code."""
+    batches = [_read_cifar10_batch(folder / f'data_batch_{number}') for number in range(1, 6)]
+    train = ImageSet(
+        np.concatenate([batch.images for batch in batches]), np.concatenate([batch.labels for batch in batches]))
     return _with_last_as_validation(
-        'CIFAR-10', 'cifar10', CIFAR10_CLASSES, ImageSet(train.data, train.targets),
-        ImageSet(test.data, test.targets))
+        'CIFAR-10', 'cifar10', CIFAR10_CLASSES, train, _read_cifar10_batch(folder / 'test_batch'))
 
 
-def _read_idx(folder: Path, name: str) -> np.ndarray:
+def _read_idx(folder: Path, what: str, rank: int) -> np.ndarray:
     """An idx file (yann.lecun.com/exdb/mnist): magic 0, 0, 8 (uint8), rank; big-endian sizes; values."""
-    path = folder / name
+    path = folder / f'{what}-idx{rank}-ubyte'
     if not path.is_file():
-        path = folder / f'{name}.gz'
+        path = path.with_name(f'{path.name}.gz')
     try:
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
-            zero, kind, rank = struct.unpack('>HBB', file.read(4))
+            magic = struct.unpack('>HBB', file.read(4))
+            if magic != (0, 8, rank):
+                raise ValueError(f'its magic number is {magic}, not {(0, 8, rank)}')
             shape = struct.unpack(f'>{rank}I', file.read(4 * rank))
             values = np.frombuffer(file.read(), dtype=np.uint8)
-        if (zero, kind) != (0, 8):
-            raise ValueError(f'wrong magic number {zero}, {kind}')
         return values.reshape(shape).copy()
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise InputError(f"'{path}' is not a readable idx file: {error}") from error
 
 
@@ -223,8 +331,7 @@ def _load_fashion_mnist(folder: Path) -> ImageData:
     """Fashion-MNIST as published, 28x28 grey."""
     train, test = (
         ImageSet(
-            _read_idx(folder, f'{part}-images-idx3-ubyte')[..., None],
-            _read_idx(folder, f'{part}-labels-idx1-ubyte'))
+            _read_idx(folder, f'{part}-images', 3)[..., None], _read_idx(folder, f'{part}-labels', 1))
         for part in ('train', 't10k')
     )
     return _with_last_as_validation('Fashion-MNIST', 'fashion_mnist', FASHION_MNIST_CLASSES, train, test)
@@ -245,11 +352,13 @@ def _load_folder(path: Path, in_chans: int, val_share: float) -> ImageData:
         files: List[Path] = []
         labels: List[int] = []
         for label, name in enumerate(classes):
-            found = sorted(f for f in (folder / name).rglob('*') if f.suffix.lower() in IMAGE_SUFFIXES)
+            if not (folder / name).is_dir():
+                continue  # val and test may lack a class
+            found = images_in(folder / name)
             files += found
             labels += [label] * len(found)
         if not files:
-            raise InputError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in the class folders of '{folder}'")
+            raise InputError(f"'{folder}' has no class folders of images")
         return ImageSet(files, labels, in_chans)
 
     name = path.resolve().name
