@@ -8,6 +8,7 @@ import torch
 
 import vishub  # noqa: F401  registers the models
 from tests.models.official_weights import load_case
+from tests.models.test_registry import EXPORTS
 from vishub.models.nvit import NViT, checkpoint_filter_fn, official_dims, revit_dims, uniform_dims
 
 # embedding, official parameter count, how many of these are token scales
@@ -141,6 +142,19 @@ def test_fused_and_plain_attention_agree():
     for block in model.blocks:
         block.attn.fused_attn = False
     torch.testing.assert_close(model(images), fused, rtol=0, atol=1e-6)
+
+
+# test_registry.py exports the plain `nvit`; this one has both heads and token scales.
+@pytest.mark.parametrize('way', EXPORTS)
+@pytest.mark.filterwarnings('ignore')
+@torch.no_grad()
+def test_export_with_two_heads_and_token_scale(way):
+    model, images = small(), torch.randn(2, 3, 32, 32)
+    for block in model.blocks:
+        block.attn.token_scale.uniform_(0.5, 1.5)
+    model.pretrained_cfg = dict(classifier=('head', 'head_dist'))
+    expected = model.head(model.pool(model.forward_features(images))[0]) if way == 'fx' else model(images)
+    torch.testing.assert_close(EXPORTS[way](model, images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_softmax_scale_is_not_that_of_the_query_size():

@@ -102,7 +102,8 @@ def test_saliency_beats_its_opposite(trained, loaders, monkeypatch):
     """Same schedule, data and weights: removing what the saliency calls least keeps more than removing the most."""
     from vishub.pruning import structure
     options = dict(
-        target_params=0.3, schedule=Schedule(interval=2, groups_per_step=8), lr=0., latency_weight=0., eval_loader=loaders[1])
+        target_params=0.3, schedule=Schedule(interval=2, groups_per_step=8), lr=0., latency_weight=0.,
+        eval_loader=loaders[1])
     least = prune(trained, loaders[0], **options).report.accuracy['dense']
     saliency = structure.Structure.saliency
     monkeypatch.setattr(

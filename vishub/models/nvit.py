@@ -389,8 +389,8 @@ class NViT(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Parameters that weight decay should leave alone."""
-        names = {'pos_embed', 'cls_token', 'dist_token', 'reg_token'}
-        return names | {f'blocks.{i}.attn.token_scale' for i in range(len(self.blocks))}
+        leaves = ('pos_embed', 'cls_token', 'dist_token', 'reg_token', 'token_scale')
+        return {name for name, _ in self.named_parameters() if name.endswith(leaves)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
