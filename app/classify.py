@@ -117,11 +117,12 @@ def _gallery(examples: List[Example]) -> List[Tuple[str, str]]:
 
 
 def _about(model: TrainedModel) -> str:
-    text = f'<b>{html.escape(model.name)}</b>'
+    text = ''
     if model.summary:
-        text += f': {html.escape(model.summary)}.'
+        text = f'{html.escape(model.summary)}. '
     if model.label_names:
-        text += f' It knows {len(model.label_names)} classes and no others: {html.escape(_listed(model.label_names))}.'
+        names = html.escape(_listed(model.label_names))
+        text += f'It knows {len(model.label_names)} classes and sees one of them in any picture: {names}.'
     return f'<div class="vh-note">{text}</div>'
 
 
@@ -130,7 +131,7 @@ def _listed(names: Tuple[str, ...], most: int = 20) -> str:
     return f'{shown}, …' if len(names) > most else shown
 
 
-def build() -> None:
+def build(tab: gr.Tab) -> None:
     """Add the tab's content to the Blocks around it."""
     models = trained_models(TASK)
     if not models:

@@ -24,7 +24,7 @@ class Tab:
     """One tab: its title, its address (`#id` in the page) and the function that fills it."""
     title: str
     id: str
-    build: Callable[[], None]
+    build: Callable[[gr.Tab], None]
 
 
 # A task joins the demo with its module and one line here.
@@ -45,8 +45,8 @@ def build_app() -> gr.Blocks:
         gr.HTML(_HEADER, elem_id='vh-header')
         with gr.Tabs(elem_id='vh-tabs'):
             for tab in TABS:
-                with gr.Tab(tab.title, id=tab.id):
-                    tab.build()
+                with gr.Tab(tab.title, id=tab.id) as container:
+                    tab.build(container)
         gr.HTML(_FOOTER, elem_id='vh-footer')
     return page
 

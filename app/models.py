@@ -10,7 +10,7 @@ import gradio as gr
 
 from vishub import catalog
 from vishub.hub import weights_folders
-from vishub.models.cost import count_macs, count_parameters
+from vishub.models.cost import count_parameters
 
 __all__ = ['TrainedModel', 'build', 'families_html', 'trained_models']
 
@@ -46,7 +46,7 @@ def trained_models(task: str) -> List[TrainedModel]:
         if name.partition('.')[0] not in of_task:
             continue
         row = rows.get(name)
-        summary = f'trained on {row.data}; {row.metric} {row.value:g} on its test split' if row else ''
+        summary = f'Trained on {row.data}; {row.metric} {row.value:g} on its test split' if row else ''
         models.append(TrainedModel(name, name if row else f'local-dir:{folder}', _label_names(folder), summary))
     return models
 
@@ -59,8 +59,7 @@ def _label_names(folder: Path) -> Tuple[str, ...]:
         return ()
 
 
-# A few architectures: counted once, when the page is first opened.
-_parameters, _macs = functools.cache(count_parameters), functools.cache(count_macs)
+_parameters = functools.cache(count_parameters)  # counted once, when the tab is first opened
 
 
 def families_html(task: str = _ALL) -> str:
@@ -78,12 +77,11 @@ def _card(family: catalog.Family) -> str:
                f'{text(family.repository)}</a> ({code})'
     rows = ''.join(
         f'<tr><td>{text(row.name)}</td><td>{" x ".join(map(str, row.input))}</td>'
-        f'<td class="vh-number">{_parameters(row.name) / 1e6:.2f} M</td>'
-        f'<td class="vh-number">{_macs(row.name) / 1e9:.2f} G</td></tr>'
+        f'<td class="vh-number">{_parameters(row.name) / 1e6:.2f} M</td></tr>'
         for row in architectures
     )
-    table = '<table><thead><tr><th>architecture</th><th>input</th><th class="vh-number">params</th>' \
-            '<th class="vh-number">MACs</th></tr></thead>' \
+    table = '<table><thead><tr><th>architecture</th><th>input</th><th class="vh-number">parameters</th>' \
+            '</tr></thead>' \
             f'<tbody>{rows}</tbody></table>' if rows else '<p class="vh-note">Not in this version yet.</p>'
     return (
         f'<article class="vh-family"><h3>{text(family.name)}'
@@ -113,10 +111,10 @@ def _spoken(task: str) -> str:
     return task.replace('_', ' ')
 
 
-def build() -> None:
+def build(tab: gr.Tab) -> None:
     """Add the tab's content to the Blocks around it."""
     choices = [(_ALL, _ALL)] + [(_spoken(task), task) for task in catalog.tasks()]
     task = gr.Dropdown(choices, value=_ALL, label='Task', elem_id='vh-task')
-    # A function as the value is called when the page opens, so that counting does not delay the start.
-    cards = gr.HTML(families_html, elem_id='vh-models')
-    task.input(families_html, task, cards, api_visibility='private', show_progress='hidden')
+    cards = gr.HTML(elem_id='vh-models')
+    # When the tab is opened, so that counting parameters does not delay the start.
+    gr.on([tab.select, task.input], families_html, task, cards, api_visibility='private', show_progress='minimal')

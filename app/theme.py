@@ -35,14 +35,17 @@ def theme() -> gr.themes.Base:
 
 # Colours only through Gradio's variables, so that dark mode needs no second set.
 CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+body { background: var(--body-background-fill) !important; }
+.gradio-container { max-width: 1120px !important; min-width: 0 !important; margin: 0 auto !important; }
+.gradio-container .main { padding: 16px clamp(12px, 3vw, 32px) !important; }
 .gradio-container .html-container { padding: 0; }
 #vh-header { padding: 8px 0 0; }
-#vh-header h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; letter-spacing: -0.02em; }
+#vh-header h1 { font-size: clamp(1.4rem, 4vw, 1.7rem); line-height: 1.2; margin: 0; letter-spacing: -0.02em; }
 #vh-header p, #vh-footer { color: var(--body-text-color-subdued); margin: 4px 0 0; }
 #vh-footer { font-size: var(--text-sm); padding: 8px 0; }
 .vh-note { color: var(--body-text-color-subdued); font-size: var(--text-sm); line-height: 1.5; }
 #vh-examples .grid-wrap { height: auto; min-height: 0; max-height: none; }
+#vh-examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 .vh-note b { color: var(--body-text-color); font-weight: 600; }
 
 .vh-status { border-radius: var(--radius-md); padding: 10px 14px; border: 1px solid var(--border-color-primary);
@@ -50,7 +53,7 @@ CSS = """
 .vh-status.vh-error { border-color: var(--error-border-color); border-left-width: 5px; font-weight: 500; }
 .vh-status progress { display: block; width: 100%; height: 6px; margin-top: 8px; accent-color: var(--color-accent); }
 
-.vh-facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(100px, 1fr)); gap: 8px; margin: 0; }
+.vh-facts { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 8px; margin: 0; }
 .vh-facts div:first-child { grid-column: 1 / -1; }
 .vh-facts div { border: 1px solid var(--border-color-primary); border-radius: var(--radius-md); padding: 8px 12px;
     background: var(--block-background-fill); min-width: 0; }
@@ -62,8 +65,8 @@ CSS = """
     background: var(--block-background-fill); min-width: 0; display: flex; flex-direction: column; gap: 6px; }
 .vh-family h3 { margin: 0; font-size: 1.05rem; display: flex; gap: 8px; align-items: baseline; flex-wrap: wrap; }
 .vh-family p { margin: 0; line-height: 1.45; overflow-wrap: anywhere; }
-.vh-family a { margin: 0; padding: 0; color: var(--link-text-color); text-decoration: underline; text-underline-offset: 2px; }
-.vh-family table { width: 100%; border-collapse: collapse; font-size: var(--text-sm); }
+.vh-family a { margin: 0; padding: 0; color: var(--link-text-color); text-decoration: underline; }
+.vh-family table { border: 0; width: 100%; border-collapse: collapse; font-size: var(--text-sm); }
 .vh-family th, .vh-family td { text-align: left; padding: 4px 8px 4px 0; border: 0;
     border-bottom: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
 .vh-family th { font-weight: 500; color: var(--body-text-color-subdued); }
@@ -71,9 +74,4 @@ CSS = """
 .vh-family tr > :last-child { padding-right: 0; }
 .vh-task { font-size: var(--text-xs); font-weight: 500; border-radius: 999px; padding: 1px 9px;
     border: 1px solid var(--border-color-primary); color: var(--body-text-color-subdued); }
-
-@media (max-width: 640px) {
-    .gradio-container .main { padding: 8px 12px; }
-    #vh-header h1 { font-size: 1.4rem; }
-}
 """

@@ -1,0 +1,167 @@
+"""The demo in a real browser: what a visitor does, and what he sees. Screenshots go to `artifacts/screenshots/`."""
+import socket
+from pathlib import Path
+from typing import Iterator, List
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from app.main import launch
+from vishub.hub import weights_folders
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).resolve().parents[2]
+SCREENSHOTS = ROOT / 'artifacts' / 'screenshots'
+TRAINED = 'favit_small64.cifar10'
+FLAGS = [
+    '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+    '--disable-background-networking', '--disable-component-update', '--disable-sync',
+]
+PATIENCE_MS = 60_000
+
+
+@pytest.fixture(scope='module')
+def address(tiny_weights) -> Iterator[str]:
+    """The served page with the weights of the checkout and those that the tests made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('VISHUB_WEIGHTS', str(tiny_weights))
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            port = probe.getsockname()[1]
+        page = launch(port=port, block=False)
+        yield f'http://127.0.0.1:{port}/'
+        page.close()
+
+
+@pytest.fixture(scope='module')
+def browser(chromium) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """`visit(width, height, query)` opens the page. The test fails if it asks anybody else, or throws."""
+    asked: List[str] = []
+    errors: List[str] = []
+    contexts = []
+
+    def visit(width: int = 1280, height: int = 900, query: str = '') -> Page:
+        contexts.append(browser.new_context(viewport={'width': width, 'height': height}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.on('request', lambda request: asked.append(request.url))
+        page.on('pageerror', lambda error: errors.append(str(error)))
+        page.goto(address + query)
+        expect(page.locator('#vh-picture')).to_be_visible(timeout=PATIENCE_MS)
+        choose(page, 'favit_small64.colours')
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert [url for url in asked if not url.startswith((address, 'data:', 'blob:'))] == [], 'the page works offline'
+    assert errors == []
+
+
+def choose(page: Page, model: str) -> None:
+    box = page.locator('#vh-model input')
+    if box.input_value() != model:
+        box.click()
+        page.get_by_role('option', name=model, exact=True).click()
+
+
+def upload(page: Page, path: Path) -> None:
+    remove = page.get_by_label('Remove Image')
+    if remove.count():
+        remove.click()
+    page.locator('#vh-picture input[type=file]').set_input_files(path)
+
+
+def expect_status(page: Page, text: str) -> None:
+    expect(page.locator('#vh-status')).to_contain_text(text, timeout=PATIENCE_MS)
+
+
+def keep(page: Page, name: str) -> None:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f'{name}.png', full_page=True)
+
+
+def fits(page: Page) -> bool:
+    return page.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
+
+
+def test_a_picture_gets_the_right_label_heat_map_and_facts(visit, pictures):
+    page = visit()
+    for name, label in [('red.png', 'red'), ('blue.png', 'blue')]:
+        upload(page, pictures[name])
+        expect_status(page, f'{name}: {label}')
+        expect(page.locator('#vh-label h2, #vh-label .output-class').first).to_have_text(label)
+    expect(page.locator('#vh-label')).to_contain_text('red')
+    expect(page.locator('#vh-facts')).to_contain_text('1.57 M')
+    expect(page.locator('#vh-facts')).to_contain_text('ms')
+    heatmap = page.locator('#vh-heatmap img')
+    expect(heatmap).to_be_visible()
+    page.wait_for_function('document.querySelector("#vh-heatmap img").naturalWidth === 720')
+    keep(page, 'desktop')
+
+
+def test_bad_pictures_give_a_sentence_in_the_page(visit, pictures):
+    page = visit()
+    for name, words in [
+        ('text.png', 'is not a picture'), ('truncated.jpg', 'is damaged'), ('empty.png', 'is empty'),
+        ('huge.png', '900,000,000 pixels'),
+    ]:
+        upload(page, pictures[name])
+        expect_status(page, f"'{name}'")
+        alert = page.get_by_role('alert').filter(has_text=words)
+        expect(alert).to_be_visible()
+        expect(page.locator('#vh-label')).not_to_contain_text('%')
+    assert 'Traceback' not in page.inner_text('body')
+    keep(page, 'error')
+    upload(page, pictures['red.png'])  # and the page goes on working
+    expect_status(page, 'red.png: red')
+
+
+def test_an_example_is_one_click(visit):
+    page = visit()
+    page.locator('#vh-examples button').first.click()
+    expect_status(page, 'cat.jpg: ')
+
+
+def test_on_a_phone_in_the_dark(visit, pictures):
+    page = visit(390, 844, '?__theme=dark')
+    upload(page, pictures['red.png'])
+    expect_status(page, 'red.png: red')
+    assert fits(page), 'the page scrolls sideways'
+    colour = page.evaluate('getComputedStyle(document.body).backgroundColor')
+    assert max(map(int, colour.strip('rgba()').split(',')[:3])) < 60, colour
+    keep(page, 'phone-dark')
+    page.get_by_role('tab', name='Models').click()
+    expect(page.locator('.vh-family').first).to_be_visible(timeout=PATIENCE_MS)
+    assert fits(page), 'the model browser scrolls sideways'
+    keep(page, 'phone-dark-models')
+
+
+def test_the_model_browser_filters_by_task(visit):
+    page = visit()
+    page.get_by_role('tab', name='Models').click()
+    families = page.locator('.vh-family h3')
+    expect(families.filter(has_text='favit')).to_be_visible(timeout=PATIENCE_MS)
+    keep(page, 'models')
+    page.locator('#vh-task input').click()
+    page.get_by_role('option', name='tracking', exact=True).click()
+    expect(families).to_have_count(1)
+    expect(families).to_contain_text('bactrack')
+
+
+@pytest.mark.skipif(TRAINED not in weights_folders(), reason=f'{TRAINED} has no weights here')
+def test_the_trained_model_knows_a_cat(visit):
+    page = visit()
+    choose(page, TRAINED)
+    page.locator('#vh-examples button').first.click()
+    expect_status(page, 'cat.jpg: cat')
+    keep(page, 'cat')
