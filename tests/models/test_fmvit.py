@@ -428,6 +428,11 @@ def test_merged_convs_keep_type_and_place():
     assert {p.device.type for p in model.parameters()} == {'meta'}
 
 
+def test_device_and_dtype_reach_every_parameter():
+    model = FMViT(dims=(24, 64, 96, 128), depths=(1, 2, 3, 1), device='meta', dtype=torch.float64, deploy=True)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.float64)}
+
+
 def test_deployed_form_trains():
     model = timm.create_model('fmvit_nano', deploy=True)
     assert model.training and all(m.training for m in model.modules())

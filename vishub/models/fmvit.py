@@ -31,8 +31,6 @@ from vishub.models.builder import build_model
 
 __all__ = ['FMViT']
 
-MIN_INPUT_SIZE = 32  # the last stage divides by 32 and needs one pixel
-
 
 def merge_norm(weight: torch.Tensor, norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
     """Kernel and bias of the one convolution that equals `norm` (in eval mode) after a convolution.
@@ -130,11 +128,14 @@ class ConvNorm(MergeableConv):
             stride: int = 1,
             groups: int = 1,
             act: bool = False,
+            device=None,
+            dtype=None,
     ):
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         self.conv = nn.Conv2d(
-            in_chs, out_chs, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(out_chs)
+            in_chs, out_chs, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(out_chs, **dd)
         self.act = nn.ReLU() if act else nn.Identity()
 
     def merged_kernel(self) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -162,14 +163,15 @@ class MultiGroupConv(MergeableConv):
         groups: The group counts; 1 must be among them and all must divide both widths. `(1,)` is a plain conv + BN.
     """
 
-    def __init__(self, in_chs: int, out_chs: int, groups: Sequence[int] = (1, 2, 4)):
+    def __init__(self, in_chs: int, out_chs: int, groups: Sequence[int] = (1, 2, 4), device=None, dtype=None):
         super().__init__()
         if 1 not in groups or any(g < 1 or in_chs % g or out_chs % g for g in groups):
             raise ValueError(
                 f'fmvit: cmr_groups must contain 1 and divide every width '
                 f'(got {tuple(groups)} for {in_chs} -> {out_chs} channels)'
             )
-        self.branches = nn.ModuleList([ConvNorm(in_chs, out_chs, groups=g) for g in groups])
+        self.branches = nn.ModuleList([
+            ConvNorm(in_chs, out_chs, groups=g, device=device, dtype=dtype) for g in groups])
         self.conv = None
 
     def merged_kernel(self) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -201,11 +203,12 @@ class MultiGroupConv(MergeableConv):
 class DepthwiseMixer(MergeableConv):
     """Depthwise token mixer: BN(3x3) + BN(1x1) + BN(identity), deployed as one depthwise 3x3. (B, C, H, W) kept."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
-        self.conv3x3 = ConvNorm(dim, dim, 3, groups=dim)
-        self.conv1x1 = ConvNorm(dim, dim, 1, groups=dim)
-        self.identity = nn.BatchNorm2d(dim)
+        dd = {'device': device, 'dtype': dtype}
+        self.conv3x3 = ConvNorm(dim, dim, 3, groups=dim, **dd)
+        self.conv1x1 = ConvNorm(dim, dim, 1, groups=dim, **dd)
+        self.identity = nn.BatchNorm2d(dim, **dd)
         self.conv = None
 
     def merged_kernel(self) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -230,12 +233,21 @@ class DepthwiseMixer(MergeableConv):
 class GroupMlp(nn.Module):
     """gMLP: two multi-group 1x1 convolutions with a ReLU between. (B, C, H, W) kept."""
 
-    def __init__(self, dim: int, mlp_ratio: float, cmr_groups: Sequence[int], drop: float = 0.):
+    def __init__(
+            self,
+            dim: int,
+            mlp_ratio: float,
+            cmr_groups: Sequence[int],
+            drop: float = 0.,
+            device=None,
+            dtype=None,
+    ):
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         hidden_dim = make_divisible(dim * mlp_ratio, 32)
-        self.fc1 = MultiGroupConv(dim, hidden_dim, cmr_groups)
+        self.fc1 = MultiGroupConv(dim, hidden_dim, cmr_groups, **dd)
         self.act = nn.ReLU()
-        self.fc2 = MultiGroupConv(hidden_dim, dim, cmr_groups)
+        self.fc2 = MultiGroupConv(hidden_dim, dim, cmr_groups, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -265,19 +277,22 @@ class LightAttention(nn.Module):
             cmr_groups: Sequence[int] = (1, 2, 4),
             attn_drop: float = 0.,
             proj_drop: float = 0.,
+            device=None,
+            dtype=None,
     ):
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         self.num_heads = dim // head_dim
         self.head_dim = head_dim
         self.scale = head_dim ** -0.5
         self.fused_attn = use_fused_attn()
 
-        self.q = MultiGroupConv(dim, dim, cmr_groups)
+        self.q = MultiGroupConv(dim, dim, cmr_groups, **dd)
         # Partial windows at the right and bottom edges are averages of what is there.
         self.pool = nn.AvgPool2d(sr_ratio, ceil_mode=True, count_include_pad=False) if sr_ratio > 1 else nn.Identity()
-        self.kv = MultiGroupConv(dim, dim, cmr_groups)
+        self.kv = MultiGroupConv(dim, dim, cmr_groups, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = MultiGroupConv(dim, dim, cmr_groups)
+        self.proj = MultiGroupConv(dim, dim, cmr_groups, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -300,10 +315,11 @@ class LightAttention(nn.Module):
 class PatchEmbed(nn.Module):
     """Halve the map (stride 2) and change the width, each only where needed. (B, in, H, W) -> (B, out, H/s, W/s)."""
 
-    def __init__(self, in_chs: int, out_chs: int, stride: int = 1):
+    def __init__(self, in_chs: int, out_chs: int, stride: int = 1, device=None, dtype=None):
         super().__init__()
         self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if stride == 2 else nn.Identity()
-        self.proj = ConvNorm(in_chs, out_chs) if stride == 2 or in_chs != out_chs else nn.Identity()
+        needs_proj = stride == 2 or in_chs != out_chs
+        self.proj = ConvNorm(in_chs, out_chs, device=device, dtype=dtype) if needs_proj else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(self.pool(x))
@@ -321,12 +337,15 @@ class ConvFusionBlock(nn.Module):
             cmr_groups: Sequence[int] = (1, 2, 4),
             proj_drop: float = 0.,
             drop_path: float = 0.,
+            device=None,
+            dtype=None,
     ):
         super().__init__()
-        self.patch_embed = PatchEmbed(in_chs, out_chs, stride)
-        self.mixer = DepthwiseMixer(out_chs)
+        dd = {'device': device, 'dtype': dtype}
+        self.patch_embed = PatchEmbed(in_chs, out_chs, stride, **dd)
+        self.mixer = DepthwiseMixer(out_chs, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.mlp = GroupMlp(out_chs, mlp_ratio, cmr_groups, drop=proj_drop)
+        self.mlp = GroupMlp(out_chs, mlp_ratio, cmr_groups, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -366,8 +385,11 @@ class FrequencyMixBlock(nn.Module):
             attn_drop: float = 0.,
             proj_drop: float = 0.,
             drop_path: float = 0.,
+            device=None,
+            dtype=None,
     ):
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         low_chs = make_divisible(out_chs * low_ratio, 32)
         high_chs = out_chs - low_chs
         if high_chs < 32 or low_chs % head_dim != 0:
@@ -375,7 +397,7 @@ class FrequencyMixBlock(nn.Module):
                 f'width {out_chs} splits into {low_chs} low- and {high_chs} high-frequency channels; '
                 f'the low band must be a multiple of head_dim={head_dim} and the high band at least 32'
             )
-        self.patch_embed = PatchEmbed(in_chs, low_chs, stride)
+        self.patch_embed = PatchEmbed(in_chs, low_chs, stride, **dd)
         self.attn = LightAttention(
             low_chs,
             sr_ratio=sr_ratio,
@@ -383,12 +405,13 @@ class FrequencyMixBlock(nn.Module):
             cmr_groups=cmr_groups,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
+            **dd,
         )
         self.drop_path_low = DropPath(0.5 * drop_path) if drop_path > 0. else nn.Identity()
-        self.proj = ConvNorm(low_chs, high_chs)
-        self.mixer = DepthwiseMixer(high_chs)
+        self.proj = ConvNorm(low_chs, high_chs, **dd)
+        self.mixer = DepthwiseMixer(high_chs, **dd)
         self.drop_path_high = DropPath(0.5 * drop_path) if drop_path > 0. else nn.Identity()
-        self.mlp = GroupMlp(out_chs, mlp_ratio, cmr_groups, drop=proj_drop)
+        self.mlp = GroupMlp(out_chs, mlp_ratio, cmr_groups, drop=proj_drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -425,13 +448,16 @@ class FMViTStage(nn.Module):
             mix_mlp_ratio: float = 2.,
             cmr_groups: Sequence[int] = (1, 2, 4),
             proj_drop: float = 0.,
+            device=None,
+            dtype=None,
             **mix_kwargs: Any,
     ):
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         self.grad_checkpointing = False
         blocks = []
         for i, mix in enumerate(is_mix):
-            kwargs = dict(stride=stride if i == 0 else 1, cmr_groups=cmr_groups, proj_drop=proj_drop)
+            kwargs = dict(stride=stride if i == 0 else 1, cmr_groups=cmr_groups, proj_drop=proj_drop, **dd)
             if mix:
                 blocks += [FrequencyMixBlock(
                     in_chs, out_chs, mlp_ratio=mix_mlp_ratio, drop_path=drop_path[i], **kwargs, **mix_kwargs)]
@@ -446,11 +472,13 @@ class FMViTStage(nn.Module):
         return self.blocks(x)
 
 
-def check_input_size(x: torch.Tensor) -> None:
-    """Raise ValueError if a side of the image batch (B, C, H, W) is shorter than `MIN_INPUT_SIZE`."""
+@torch.fx.wrap
+def check_input_size(x: torch.Tensor) -> torch.Tensor:
+    """Return the images (B, C, H, W), or raise ValueError if a side is shorter than 32: the last map needs a pixel."""
     height, width = x.shape[-2], x.shape[-1]
     if height < 32 or width < 32:
         raise ValueError(f'fmvit: input must be at least 32x32, got {height}x{width}')
+    return x
 
 
 class FMViT(nn.Module):
@@ -476,6 +504,8 @@ class FMViT(nn.Module):
         proj_drop_rate: Dropout after attention and gMLP.
         attn_drop_rate: Dropout of the attention weights.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0.
+        device: Where to make the parameters.
+        dtype: Their type.
 
     Raises:
         ValueError: If the widths do not suit `cmr_groups`, `head_dim` or the split into bands.
@@ -499,8 +529,11 @@ class FMViT(nn.Module):
             proj_drop_rate: float = 0.,
             attn_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
     ):
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         if not len(dims) == len(depths) == len(sr_ratios) == 4:
             raise ValueError(
                 f'fmvit: dims, depths and sr_ratios need four values each, '
@@ -508,15 +541,16 @@ class FMViT(nn.Module):
             )
         self.in_chans = in_chans
         self.num_classes = num_classes
+        self.global_pool = global_pool
         self.num_features = dims[-1]
         self.feature_info = []
 
         stem_dim, narrow_dim = dims[0], max(dims[0] // 2, 16)
         self.stem = nn.Sequential(
-            ConvNorm(in_chans, stem_dim, 3, stride=2, act=True),
-            ConvNorm(stem_dim, narrow_dim, 3, act=True),
-            ConvNorm(narrow_dim, stem_dim, 3, act=True),
-            ConvNorm(stem_dim, stem_dim, 3, stride=2, act=True),
+            ConvNorm(in_chans, stem_dim, 3, stride=2, act=True, **dd),
+            ConvNorm(stem_dim, narrow_dim, 3, act=True, **dd),
+            ConvNorm(narrow_dim, stem_dim, 3, act=True, **dd),
+            ConvNorm(stem_dim, stem_dim, 3, stride=2, act=True, **dd),
         )
 
         in_chs = stem_dim
@@ -539,6 +573,7 @@ class FMViT(nn.Module):
                     head_dim=head_dim,
                     low_ratio=low_ratio,
                     attn_drop=attn_drop_rate,
+                    **dd,
                 )
             except ValueError as error:
                 if str(error).startswith('fmvit'):
@@ -550,9 +585,10 @@ class FMViT(nn.Module):
             block_idx += depth
         self.stages = nn.Sequential(*stages)
 
-        self.norm = nn.BatchNorm2d(self.num_features)
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        self.head_hidden_size = self.head.num_features
+        self.norm = nn.BatchNorm2d(self.num_features, **dd)
+        head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.head = head.to(**dd)  # timm 1.0.20's head takes no device itself
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
         self.apply(self._init_weights)
         if deploy:
@@ -603,8 +639,10 @@ class FMViT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
         self.head.reset(num_classes, pool_type=global_pool)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
             self,
@@ -631,11 +669,10 @@ class FMViT(nn.Module):
         if output_fmt != 'NCHW':
             raise ValueError(f"fmvit: output_fmt must be 'NCHW', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        check_input_size(x)
 
         intermediates = []
         last_idx = len(self.stages) - 1
-        x = self.stem(x)
+        x = self.stem(check_input_size(x))
         stages = self.stages[:max_index + 1] if stop_early else self.stages
         for i, stage in enumerate(stages):
             x = stage(x)
@@ -660,13 +697,14 @@ class FMViT(nn.Module):
         self.stages = self.stages[:max_index + 1]
         if prune_norm or is_cut:
             self.norm = nn.Identity()  # its width is the last stage's
+        if is_cut:
+            self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or is_cut:
             self.reset_classifier(0, '')
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        check_input_size(x)
-        x = self.stem(x)
+        x = self.stem(check_input_size(x))
         x = self.stages(x)
         return self.norm(x)
 
@@ -708,7 +746,7 @@ def _create_fmvit(variant: str, pretrained: bool = False, **kwargs: Any) -> FMVi
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
     return {
         'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'min_input_size': (3, 32, 32), 'pool_size': (7, 7),
         'crop_pct': 0.95, 'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.0.conv', 'classifier': 'head.fc',
