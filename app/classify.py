@@ -90,12 +90,12 @@ def _shown(result: ClassificationResult, chosen: TrainedModel, name: str) -> Out
     heatmap = None
     if result.heatmap is not None:
         drawn = drawing.fit(drawing.overlay_heat(result.image, result.heatmap), *_HEATMAP_SIZE)
-        heatmap = gr.Image(drawn, label=f'Heat map: the brighter the yellow, the more it speaks for {first.label}')
+        heatmap = gr.Image(drawn, label=f'Heat map: yellow speaks for {first.label}')
     facts = _facts({
         'Model': chosen.name,
         'Parameters': f'{result.num_params / 1e6:.2f} M',
         'Latency': f'{result.latency_ms:.0f} ms',
-        'Picture': f'{result.image.width} x {result.image.height} px',
+        'Pixels': f'{result.image.width} × {result.image.height}',
     })
     sentences = [f'{name}: {first.label}, {first.probability:.1%}.', *result.warnings]
     return _page(notice(' '.join(sentences)), label, heatmap, facts)
@@ -141,6 +141,7 @@ def build(tab: gr.Tab) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             picture = picture_input('Picture', height=300, elem_id='vh-picture')
+            status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-status')
             examples = gr.Gallery(
                 _gallery(examples_for(models[0])), label='Or take an example', columns=3, height='auto',
                 allow_preview=False, object_fit='cover', buttons=[], interactive=False, elem_id='vh-examples',
@@ -154,7 +155,6 @@ def build(tab: gr.Tab) -> None:
                 run = gr.Button('Classify', variant='primary', min_width=120, elem_id='vh-run')
                 stop = gr.Button('Stop', min_width=80, scale=0, interactive=False, elem_id='vh-stop')
         with gr.Column(min_width=300):
-            status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-status')
             label = gr.Label(label='Likeliest classes', elem_id='vh-label')
             overlay = gr.Image(
                 label='Heat map', interactive=False, format='png', buttons=['download', 'fullscreen'],

@@ -76,12 +76,11 @@ def _card(family: catalog.Family) -> str:
         code = f'<a href="https://github.com/{text(family.repository)}" target="_blank" rel="noopener">' \
                f'{text(family.repository)}</a> ({code})'
     rows = ''.join(
-        f'<tr><td>{text(row.name)}</td><td>{" x ".join(map(str, row.input))}</td>'
+        f'<tr><td>{text(row.name)}</td><td>{"×".join(map(str, row.input))}</td>'
         f'<td class="vh-number">{_parameters(row.name) / 1e6:.2f} M</td></tr>'
         for row in architectures
     )
-    table = '<table><thead><tr><th>architecture</th><th>input</th><th class="vh-number">parameters</th>' \
-            '</tr></thead>' \
+    table = '<table><thead><tr><th>architecture</th><th>input</th><th class="vh-number">parameters</th></tr></thead>' \
             f'<tbody>{rows}</tbody></table>' if rows else '<p class="vh-note">Not in this version yet.</p>'
     return (
         f'<article class="vh-family"><h3>{text(family.name)}'

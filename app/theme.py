@@ -44,7 +44,7 @@ body { background: var(--body-background-fill) !important; }
 #vh-header p, #vh-footer { color: var(--body-text-color-subdued); margin: 4px 0 0; }
 #vh-footer { font-size: var(--text-sm); padding: 8px 0; }
 .vh-note { color: var(--body-text-color-subdued); font-size: var(--text-sm); line-height: 1.5; }
-#vh-examples .grid-wrap { height: auto; min-height: 0; max-height: none; }
+#vh-examples .grid-wrap { padding-top: 30px; height: auto; min-height: 0; max-height: none; }
 #vh-examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 .vh-note b { color: var(--body-text-color); font-weight: 600; }
 
@@ -67,6 +67,7 @@ body { background: var(--body-background-fill) !important; }
 .vh-family p { margin: 0; line-height: 1.45; overflow-wrap: anywhere; }
 .vh-family a { margin: 0; padding: 0; color: var(--link-text-color); text-decoration: underline; }
 .vh-family table { border: 0; width: 100%; border-collapse: collapse; font-size: var(--text-sm); }
+.vh-family tr { border: 0; }
 .vh-family th, .vh-family td { text-align: left; padding: 4px 8px 4px 0; border: 0;
     border-bottom: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
 .vh-family th { font-weight: 500; color: var(--body-text-color-subdued); }

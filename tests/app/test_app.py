@@ -59,7 +59,7 @@ def test_a_good_or_odd_upload_is_classified(served_weights, pictures, name, expe
         assert max(label, key=label.get) == expected
         assert f'{name}: {expected}' in status
     with Image.open(pictures[name]) as image:
-        assert f'{image.width} x {image.height} px' in facts
+        assert f'{image.width} × {image.height}' in facts
         assert heatmap.value is not None
     assert '1.57 M' in facts and re.search(r'\d+ ms', facts)
     assert ('frames' in status) == (name == 'animated.gif')
