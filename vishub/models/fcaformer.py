@@ -103,6 +103,29 @@ def resize_token_maps(maps: torch.Tensor, old_size: Tuple[int, int], new_size: T
     return grids.reshape(maps.shape[:-1] + (-1,)).to(maps.dtype)
 
 
+@torch.fx.wrap
+def check_images(x: torch.Tensor, in_chans: int, fixed_size: Optional[Tuple[int, int]]) -> torch.Tensor:
+    """Return `x`, or raise ValueError if it is not (B, in_chans, H, W), or not of `fixed_size` where that is given."""
+    if x.ndim != 4:
+        raise ValueError(f'expected a batch of images (B, {in_chans}, H, W), got {x.ndim} dimensions')
+    if x.shape[1] != in_chans:
+        raise ValueError(f'expected {in_chans} input channels, got {x.shape[1]}')
+    if fixed_size is not None and (x.shape[2] != fixed_size[0] or x.shape[3] != fixed_size[1]):
+        raise ValueError(
+            f'input {x.shape[2]}x{x.shape[3]} does not match model img_size ({fixed_size[0]}, {fixed_size[1]})')
+    return x
+
+
+@torch.fx.wrap
+def offset_index(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """|dy| * width + |dx| of every pair of the N = height * width tokens of a map (row-major), int64 (N * N,)."""
+    y = torch.arange(height, device=device)
+    x = torch.arange(width, device=device)
+    dy = (y[:, None] - y[None, :]).abs()
+    dx = (x[:, None] - x[None, :]).abs()
+    return (dy[:, None, :, None] * width + dx[None, :, None, :]).flatten()
+
+
 def cross_grid(resolution: Tuple[int, int]) -> Tuple[int, int]:
     """Height and width of the cross tokens that a map of `resolution` (height, width) is condensed to."""
     return math.ceil(resolution[0] / 4), math.ceil(resolution[1] / 4)
@@ -196,6 +219,7 @@ class FcaAttention(nn.Module):
         proj_drop: Dropout of the output.
     """
     fused_attn: Final[bool]
+    _bias_cache: Optional[Tuple[List[torch.Tensor], torch.Tensor]]  # copies of the tables, their bias
     # The cache belongs to eager mode; torch.jit.script must not look at it.
     __jit_ignored_attributes__: List[str] = ['_bias_cache']
 
@@ -223,7 +247,7 @@ class FcaAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self._bias_cache: Optional[Tuple[List[torch.Tensor], torch.Tensor]] = None
+        self._bias_cache = None
 
     def set_resolution(self, resolution: Tuple[int, int]) -> None:
         """Resize the bias tables to a map of `resolution` (height, width)."""
@@ -241,11 +265,7 @@ class FcaAttention(nn.Module):
         Between two tokens it is `rel_bias[head, |dy| * w + |dx|]`, for a cross token it is the same for all queries.
         """
         h, w = self.height, self.width
-        y = torch.arange(h, device=self.rel_bias.device)
-        x = torch.arange(w, device=self.rel_bias.device)
-        dy = (y[:, None] - y[None, :]).abs()
-        dx = (x[:, None] - x[None, :]).abs()
-        index = (dy[:, None, :, None] * w + dx[None, :, None, :]).flatten()  # N * N
+        index = offset_index(h, w, self.rel_bias.device)
         # index_select is several times faster than indexing, forward and backward.
         bias = self.rel_bias.index_select(1, index).view(1, self.num_heads, h * w, h * w)
         if self.cross_bias is not None:
@@ -258,6 +278,7 @@ class FcaAttention(nn.Module):
         size = self.num_heads * (self.height * self.width) * (self.height * self.width + self.num_cross)
         if (
                 torch.is_grad_enabled()
+                or isinstance(self.rel_bias, torch.fx.Proxy)
                 or torch.compiler.is_compiling()
                 or torch.jit.is_tracing()
                 # Looking at values would make the host wait for the device.
@@ -565,7 +586,7 @@ class ClassifierHead(nn.Module):
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.global_pool(x)
-        is_map = x.ndim == 4
+        is_map = self.global_pool.pool_type == ''
         if is_map:
             x = x.permute(0, 2, 3, 1)
         x = self.drop(self.norm(x))
@@ -575,7 +596,7 @@ class ClassifierHead(nn.Module):
 
 
 class FcaFormer(nn.Module):
-    """FcaFormer (arXiv 2211.07198, section 3; stem, stages and head as in the official code).
+    """FcaFormer (arXiv 2211.07198; stem, stages and head as in the official code).
 
     Input: (B, in_chans, H, W) float, normalised with the mean and deviation of the pretrained_cfg. Without windows H
     and W must equal `img_size`; with `window_size` any size will do. Output: logits (B, num_classes).
@@ -636,8 +657,10 @@ class FcaFormer(nn.Module):
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.drop_rate = drop_rate
         self.head_init_scale = head_init_scale
+        self.global_pool = global_pool
         self.windowed = window_size is not None
         self.img_size = self._checked_img_size(img_size)
+        self.fixed_size: Optional[Tuple[int, int]] = None if self.windowed else self.img_size
 
         if window_size is not None:
             resolutions = [(window_size[0], window_size[0]), (window_size[1], window_size[1])]
@@ -681,8 +704,7 @@ class FcaFormer(nn.Module):
             self.feature_info.append(dict(num_chs=num_chs, reduction=4 * 2 ** i, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
 
-        self.out_convs: Optional[nn.ModuleList] = None
-        self.out_norms: Optional[nn.ModuleList] = None
+        self.out_convs, self.out_norms = None, None
         if out_dims is not None:
             self.out_convs = nn.ModuleList([
                 nn.Conv2d(dim, out_dim, 1, bias=False) for dim, out_dim in zip(embed_dims, out_dims)])
@@ -727,7 +749,7 @@ class FcaFormer(nn.Module):
         """
         if self.windowed:
             raise ValueError('a model with window_size takes any input size; set_input_size has no meaning for it')
-        self.img_size = self._checked_img_size(img_size)
+        self.img_size = self.fixed_size = self._checked_img_size(img_size)
         for stage, resolution in zip(self.stages[2:], self._resolutions(self.img_size)):
             stage.set_resolution(resolution)
 
@@ -750,8 +772,7 @@ class FcaFormer(nn.Module):
             blocks=r'^stages\.(\d+)' if coarse else [
                 (r'^stages\.(\d+)\.downsample', (0,)),
                 (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-                (r'^out_(?:convs|norms)|^head', (99999,)),
-            ],
+            ],  # head and out_convs, which nothing matches, become the last group
         )
 
     @torch.jit.ignore
@@ -768,6 +789,7 @@ class FcaFormer(nn.Module):
         if global_pool is not None:
             if global_pool not in ('avg', ''):
                 raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+            self.global_pool = global_pool
             self.head.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.num_classes = num_classes
         self.head.fc = nn.Identity()
@@ -804,10 +826,8 @@ class FcaFormer(nn.Module):
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        self._check_input(x)
-
         intermediates = []
-        x = self.stem(x)
+        x = self.stem(check_images(x, self.in_chans, self.fixed_size))
         stages = self.stages[:max_index + 1] if stop_early or intermediates_only else self.stages
         for i, stage in enumerate(stages):
             x = stage(x)
@@ -837,19 +857,9 @@ class FcaFormer(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def _check_input(self, x: torch.Tensor) -> None:
-        if x.ndim != 4:
-            raise ValueError(f'expected a batch of images (B, {self.in_chans}, H, W), got {x.ndim} dimensions')
-        if x.shape[1] != self.in_chans:
-            raise ValueError(f'expected {self.in_chans} input channels, got {x.shape[1]}')
-        if not self.windowed and (x.shape[2] != self.img_size[0] or x.shape[3] != self.img_size[1]):
-            raise ValueError(
-                f'input {x.shape[2]}x{x.shape[3]} does not match model img_size '
-                f'({self.img_size[0]}, {self.img_size[1]})')
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, H, W) -> (B, embed_dims[-1], H / 32, W / 32)."""
-        self._check_input(x)
+        x = check_images(x, self.in_chans, self.fixed_size)
         return self.stages(self.stem(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
