@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 HOST   ?= 127.0.0.1
 PORT   ?= 7860
+JOBS   ?= 2
 PYTEST_ARGS ?=
 
 BIN    := $(VENV)/bin
@@ -25,14 +26,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'Installing vishub and what it needs into $(VENV) (some minutes the first time) ...'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	@UV_LINK_MODE=$${UV_LINK_MODE:-hardlink} VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet \
-		--constraint constraints.txt --editable '.[dev]'
+		--compile-bytecode --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP)  ## set up everything and serve the demo: make demo [HOST=127.0.0.1] [PORT=7860]
 	@$(BIN)/vishub demo --host $(HOST) --port $(PORT)
 
-test: $(STAMP) chromium  ## set up everything and run the whole suite: make test [PYTEST_ARGS='-k favit']
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP) chromium  ## set up everything and run the whole suite: make test [JOBS=2] [PYTEST_ARGS='-k favit']
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## style, imports and types
 	@$(BIN)/ruff check .

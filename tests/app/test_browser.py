@@ -13,7 +13,7 @@ from app.pipelines import PipelineCache
 from app.work import Stopped
 from vishub.hub import weights_folders
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group('browser')]  # one server and one browser
 
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / 'artifacts' / 'screenshots'
