@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import typer
 from rich.console import Console
@@ -129,6 +129,7 @@ def train_classification(
         mix_prob: float = typer.Option(1.0, help='Share of the batches that are mixed.'),
         validate_on: str = typer.Option('val', help='val, test, or none (then all training images are trained on).'),
         in_chans: int = typer.Option(3, help='Channels of an image folder: 3, or 1 for grey.'),
+        check: bool = typer.Option(True, help='Decode every file of an image folder once before training.'),
         amp: str = typer.Option('no', help='no, bf16 or fp16.'),
         device: str = typer.Option('auto', help='auto or cpu.'),
         compile: bool = typer.Option(False, '--compile', help='Use torch.compile.'),
@@ -161,12 +162,87 @@ def train_classification(
     recipe = ClassificationRecipe(
         model, data, model_args=parse_model_args(model_arg), augmentation=augmentation,
         label_smoothing=label_smoothing, mixup=mixup, cutmix=cutmix, mix_prob=mix_prob, validate_on=validate_on,
-        in_chans=in_chans, seed=seed, tag=tag, command='vishub ' + shlex.join(sys.argv[1:]))
+        in_chans=in_chans, check=check, seed=seed, tag=tag, command='vishub ' + shlex.join(sys.argv[1:]))
     result = train(recipe, config)
     if not result.finished:
         typer.echo(f'stopped at step {result.step}; the same command continues from {result.checkpoint}')
     else:
         typer.echo(f'weights and figures: {result.folder}')
+
+
+@app.command('evaluate')
+def evaluate_command(
+        model: str = typer.Argument(help='Name, e.g. favit_b2.cifar10, or folder of weights.'),
+        data: Path = typer.Option(..., help='Image folder, CIFAR-10 or Fashion-MNIST folder, packed CIFAR-10 (.npz).'),
+        split: str = typer.Option('test', help='test or val.'),
+        peer: List[str] = typer.Option([], help='Another model, measured on the same images; repeatable.'),
+        robust: bool = typer.Option(False, '--robustness', help='Also under noise, blur, contrast and occlusion.'),
+        robustness_images: int = typer.Option(2000, min=1, help='Evenly spread images that robustness is measured on.'),
+        output: Optional[Path] = typer.Option(None, help='Folder for evaluation.json, confusion.png, robustness.png.'),
+        write_card: bool = typer.Option(
+            False, '--update-card', help="Write the figures into the weights folder's metrics.json and README.md."),
+        as_json: bool = typer.Option(False, '--json', help='Print the report as JSON and nothing else on stdout.'),
+        batch_size: int = typer.Option(250, min=1, help='Images a forward pass.'),
+        seed: int = typer.Option(0, help='Seed of the corruptions.'),
+        device: Optional[str] = typer.Option(None, help='cpu, cuda, cuda:1 or mps; the best one here by default.'),
+) -> None:
+    """Measure an image classifier: accuracy, calibration, each class; if asked, robustness, and peers beside it."""
+    from rich.progress import Progress
+
+    from vishub.errors import InputError
+    from vishub.tasks.classification.data import load_data
+    from vishub.tasks.classification.metrics import evaluate, save_evaluation, update_card, weights_folder
+    from vishub.training.loop import rehearse
+
+    folder = weights_folder(model)
+    if write_card and folder is None:
+        raise InputError(f"'{model}' has no folder here whose card could be written")
+    for place in filter(None, (output, folder if write_card else None)):
+        rehearse(place)
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task('measuring', total=None)
+        report = evaluate(
+            [model, *peer], load_data(data), split=split, robustness_images=robustness_images if robust else 0,
+            batch_size=batch_size, seed=seed, device=device,
+            progress=lambda done, total: bars.update(bar, completed=done, total=total))
+    if output is not None:
+        save_evaluation(report, output)
+    if write_card:
+        update_card(folder, report)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    typer.echo(f'{report["data"]}, {report["split"]}, {report["num_test"]:,} images')
+    table = Table(box=None, header_style='bold', pad_edge=False)
+    for column in ('Model', 'Parameters', 'Top-1 %', '95 % interval', 'Top-5 %', 'ECE'):
+        table.add_column(column, overflow='fold', justify='left' if column == 'Model' else 'right')
+    for row in ({**report, 'name': report['model']}, *report['peers']):
+        figures = row['metrics']
+        low, high = figures['top1_ci95']
+        table.add_row(
+            row['name'], f'{row["num_params"]:,}', f'{figures["top1"]:.2f}', f'{low:.2f} to {high:.2f}',
+            f'{figures["top5"]:.2f}' if 'top5' in figures else '–', f'{figures["ece"]:.4f}')
+    # into a file as wide as the names want
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    if 'robustness' in report:
+        console.print(_robustness_table(report['robustness']))
+    for place in filter(None, (output, folder if write_card else None)):
+        typer.echo(f'written: {place}')
+
+
+def _robustness_table(measured: Dict[str, Any]) -> Table:
+    table = Table(
+        title=f'Top-1 % by severity, {measured["num_images"]:,} images', title_justify='left', box=None,
+        header_style='bold', pad_edge=False)
+    table.add_column('Model', overflow='fold')
+    table.add_column('Corruption')
+    for severity in measured['severities']:
+        table.add_column(str(severity) if severity else 'clean', justify='right')
+    for name, kinds in measured['models'].items():
+        for kind, values in kinds.items():
+            table.add_row(name, kind, *(f'{value:.1f}' for value in values))
+    return table
 
 
 @app.command('demo')

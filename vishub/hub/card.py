@@ -206,10 +206,12 @@ def _robustness(metrics: Mapping[str, Any], card: Mapping[str, Any]) -> str:
         for corruption, values in corruptions.items()
     ]
     title = _METRIC_TITLES.get(robustness['metric'], robustness['metric'])
-    header = ['Model', 'Corruption', *(f'severity {n}' for n in robustness['severities'])]
+    header = ['Model', 'Corruption', *(f'severity {n}' if n else 'clean' for n in robustness['severities'])]
+    count = robustness.get('num_images')
+    images = f'{count:,} evenly spread images of the test split' if count else 'the test split'
     plot = card.get('robustness_plot')
     image = f'\n![{title} under corruption]({plot})\n' if plot else ''
-    return f'## Robustness\n\n{title} on the test split, corrupted at rising severity.\n\n{_table(header, rows)}{image}'
+    return f'## Robustness\n\n{title} on {images}, corrupted at rising severity.\n\n{_table(header, rows)}{image}'
 
 
 def _limits(config: Mapping[str, Any], card: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@
     training    dict   optional; 'command', 'seed', 'epochs', 'wall_s' (seconds), 'hardware', 'recipe' (a sentence or a
                        dict), and whatever else the training wants to note
     peers       list   optional; same data and budget: {'name', 'num_params', 'metrics', 'wall_s'} each
-    robustness  dict   optional; {'metric': 'top1', 'severities': [1, 2, 3, 4, 5],
+    robustness  dict   optional; {'metric': 'top1', 'severities': [0, 1, 2, 3, 4, 5] (0 is clean), 'num_images': 2000,
                        'models': {name: {'noise': [one number a severity], 'blur': […], …}}}
     card        dict   what only a person can say, all optional: 'licence' (SPDX, default apache-2.0), 'limits' (list of
                        sentences), 'datasets' (Hub ids), 'description', 'robustness_plot' (file name in the folder)

@@ -59,6 +59,13 @@ class TrainResult:
     folder: Optional[Path] = None
 
 
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min` or `3.4 h`."""
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+
+
 class EpochSampler(Sampler[List[SampleKey]]):
     """The batches of one epoch from a step on: lists of (epoch, index, side), this process's share of each batch.
 
@@ -129,7 +136,8 @@ def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
     """Train `recipe` as `config` says, or continue from the checkpoint in `config.output`.
 
     Writes `checkpoint.safetensors`, `log.csv` (a row an epoch) and `training.log` to the output folder, and what the
-    recipe's `finish` stores. Works under plain `python`, `accelerate launch` and `torchrun`.
+    recipe's `finish` stores. Prints a line an epoch to stderr: loss, validation metric, time left. Works under plain
+    `python`, `accelerate launch` and `torchrun`.
 
     Raises:
         InputError: If the output folder cannot be written, the checkpoint there belongs to other options, or the
@@ -174,11 +182,12 @@ class _Run:
         self.model = recipe.build_model().to(self.device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        # timm leaves vectors and the model's no_weight_decay() out of the decay
-        # torch's own Adam has a fused form, on the CPU three times as fast as the default; others may not know the word.
+        # torch's own Adam has a fused form, on the CPU three times as fast as the default; others may not know it
         fused = {'fused': True} if config.opt in ('adam', 'adamw') else {}
         optimizer = create_optimizer_v2(
-            self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, filter_bias_and_bn=True, **fused)
+            self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay,
+            filter_bias_and_bn=True,  # vectors and the model's no_weight_decay() are left out of the decay
+            **fused)
         self.schedule = CosineLRScheduler(
             optimizer,
             t_initial=self.total_steps,
@@ -198,6 +207,7 @@ class _Run:
         self.wall_before = 0.  # seconds of the runs before this one
         self.rows: List[Dict[str, Any]] = []
         self.metrics: Dict[str, float] = {}
+        self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not self.main)
         self.raw_optimizer = optimizer
         if config.resume:
             self.load()
@@ -260,6 +270,7 @@ class _Run:
         self.step, self.loss_sum, self.wall_before = state['step'], state['loss_sum'], state['wall_s']
         self.rows, self.metrics = state['rows'], state['metrics']
         self.logger.info('resumed at step %d of %d', self.step, self.total_steps)
+        self.console.print(f'continuing from step {self.step} of {self.total_steps}: {self.checkpoint}')
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -326,12 +337,15 @@ class _Run:
         config = self.config
         self.started = time.perf_counter()
         self.logger.info('%d steps of %d: %s', self.total_steps, config.batch_size, self.fingerprint())
+        if self.step < self.total_steps:
+            self.console.print(
+                f'{len(self.data):,} samples, {config.epochs} epochs of {self.steps_per_epoch} steps on {self.device}')
         stop = False
         columns = (
             TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn('{task.fields[note]}'))
         show = config.progress and self.main
-        with Progress(*columns, console=Console(stderr=True), disable=not show) as progress:
+        with Progress(*columns, console=self.console, disable=not show) as progress:
             bar = progress.add_task('training', total=self.total_steps, completed=self.step, note='')
             while self.step < self.total_steps and not stop:
                 epoch, first_step = divmod(self.step, self.steps_per_epoch)
@@ -352,8 +366,11 @@ class _Run:
                         break
                 if self.step % self.steps_per_epoch == 0:
                     images = done * config.grad_accum * config.batch_size * self.accelerator.num_processes
-                    self.end_epoch(epoch, side, images / (time.perf_counter() - epoch_start))
+                    seconds = time.perf_counter() - epoch_start
+                    self.end_epoch(epoch, side, images / seconds)
                     self.save()
+                    whole = (time.perf_counter() - epoch_start) * self.steps_per_epoch / done  # resumes see a part
+                    self.say(whole)
         return self.end()
 
     def out_of_budget(self) -> bool:
@@ -382,6 +399,18 @@ class _Run:
             write_csv(self.output / 'log.csv', self.rows)
             self.logger.info(' '.join(
                 f'{key} {value:.5g}' if isinstance(value, float) else f'{key} {value}' for key, value in row.items()))
+
+    def say(self, seconds: float) -> None:
+        """Print the last epoch's line; `seconds` is what a whole epoch at its side takes."""
+        config, row = self.config, self.rows[-1]
+        # the work grows with the area
+        left = sum((config.side(epoch) / row['side']) ** 2 for epoch in range(row['epoch'], config.epochs)) * seconds
+        metric = self.recipe.metric
+        validated = f', {metric} {row[metric]:.2f}' if metric in row else ''
+        self.console.print(
+            f'epoch {row["epoch"]}/{config.epochs} at {row["side"]} px: loss {row["train_loss"]:.4f}{validated}, '
+            f'{row["images_per_s"]:.0f} images/s, {duration(row["wall_s"])} so far'
+            + (f', about {duration(left)} left' if left else ''))
 
     def end(self) -> TrainResult:
         finished = self.step >= self.total_steps

@@ -1,22 +1,34 @@
-"""How good a classifier is: accuracy with its uncertainty, calibration, each class, and under corruption."""
+"""How good a classifier is: accuracy with its uncertainty, calibration, each class, and under corruption.
+
+`evaluate` measures models as users meet them: named, and fed by the pipeline's own preparation of pictures.
+"""
+import json
 import math
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from vishub.errors import InputError, import_extra
-from vishub.tasks.classification.data import ImageSet
+from vishub.files import atomic_path
+from vishub.hub import annotate, verify, weights_folders
+from vishub.hub.find import WEIGHTS_FILE
+from vishub.tasks.base import Progress
+from vishub.tasks.classification.data import ImageData, ImageSet
+from vishub.tasks.classification.pipeline import ClassificationPipeline
 
 __all__ = [
-    'CORRUPTIONS', 'class_report', 'classification_metrics', 'corrupt', 'plot_robustness', 'predict_logits',
-    'robustness', 'to_input', 'wilson_interval',
+    'CORRUPTIONS', 'SEVERITIES', 'class_report', 'classification_metrics', 'corrupt', 'evaluate', 'measure',
+    'plot_confusion', 'plot_robustness', 'predict_logits', 'robustness', 'save_evaluation', 'update_card',
+    'weights_folder', 'wilson_interval',
 ]
 
-SEVERITIES = (1, 2, 3, 4, 5)
-# The strength of each corruption at severities 1 to 5.
+SEVERITIES = (0, 1, 2, 3, 4, 5)
+# The strength of each corruption at severities 1 to 5; severity 0 is the clean image.
 CORRUPTIONS: Dict[str, Tuple[float, ...]] = {
     'noise': (0.04, 0.08, 0.12, 0.16, 0.20),  # standard deviation of Gaussian noise; image values 0 to 1
     'blur': (0.016, 0.024, 0.032, 0.044, 0.056),  # standard deviation of a Gaussian blur, as a share of the side
@@ -24,73 +36,49 @@ CORRUPTIONS: Dict[str, Tuple[float, ...]] = {
     'occlusion': (0.05, 0.10, 0.20, 0.30, 0.40),  # share of the area under one grey square
 }
 
-
-def to_input(
-        images: torch.Tensor,
-        side: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-) -> torch.Tensor:
-    """uint8 or 0..1 float images `(B, C, H, W)` -> normalised float32 `(B, C, side, side)`.
-
-    The resizing is the bicubic one with antialiasing that PIL, and so the pipeline, applies.
-    """
-    x = images.float() / 255 if images.dtype == torch.uint8 else images
-    if x.shape[-2:] != (side, side):
-        x = F.interpolate(x, size=(side, side), mode='bicubic', antialias=True, align_corners=False).clamp_(0, 1)
-    shape = (1, -1, 1, 1)
-    return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
+# uint8 images (C, H, W), one after the other since files may be large -> the model's input (B, C, H, W)
+Prepare = Callable[[Iterator[torch.Tensor]], torch.Tensor]
 
 
-def image_batches(
-        images: ImageSet, side: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """uint8 batches `(B, C, H, W)`; files are resized to `side` one by one."""
-    total = len(images)
-    for start in range(0, total, batch_size):
-        tensors = []
-        for index in range(start, min(start + batch_size, total)):
-            image = torch.from_numpy(np.ascontiguousarray(images[index].transpose(2, 0, 1)))
-            if images.native_side is None:
-                image = F.interpolate(
-                    image[None].float(), size=(side, side), mode='bicubic', antialias=True)[0].clamp(0, 255).byte()
-            tensors.append(image)
-        yield torch.stack(tensors)
-
+# -- accuracy and calibration -----------------------------------------------------------------------------------------
 
 @torch.inference_mode()
 def predict_logits(
         model: nn.Module,
         images: ImageSet,
-        side: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        prepare: Prepare,
         *,
         batch_size: int = 250,
         device: Optional[torch.device] = None,
-        corruption: Optional[Tuple[str, int]] = None,
+        corruption: Tuple[str, int] = ('noise', 0),
         seed: int = 0,
+        advance: Optional[Callable[[int], None]] = None,
 ) -> torch.Tensor:
     """Logits of a model on images, float32 `(N, num_classes)` on the CPU.
 
     Args:
         model: Classifier; put in eval mode.
         images: The images.
-        side: Side in pixels that they are resized to.
-        mean: Mean of each channel, for values 0 to 1.
-        std: Standard deviation of each channel.
+        prepare: Turns uint8 images `(C, H, W)`, given one by one, into the model's input.
         batch_size: Images a forward pass.
         device: Where the model is; its first parameter's device by default.
-        corruption: (name, severity 1 to 5) applied to the images as stored, before resizing.
-        seed: Seed of the corruption.
+        corruption: (name, severity 0 to 5) applied to the images as stored, before they are prepared.
+        seed: Seed of the corruption; what happens to an image depends on it and the image's index alone.
+        advance: Called with the number of images of each batch that is done.
     """
     model.eval()
     device = device or next(model.parameters()).device
+
+    def image(index: int) -> torch.Tensor:
+        clean = torch.from_numpy(np.ascontiguousarray(images[index].transpose(2, 0, 1)))
+        return corrupt(clean, *corruption, seed=(seed, index))
+
     logits = []
-    for number, batch in enumerate(image_batches(images, side, batch_size)):
-        batch = batch.to(device)
-        if corruption is not None:
-            batch = corrupt(batch, *corruption, seed=seed * 1_000_003 + number)
-        logits.append(model(to_input(batch, side, mean, std)).float().cpu())
+    for start in range(0, len(images), batch_size):
+        batch = prepare(image(index) for index in range(start, min(start + batch_size, len(images))))
+        logits.append(model(batch.to(device)).float().cpu())
+        if advance is not None:
+            advance(len(batch))
     return torch.cat(logits)
 
 
@@ -170,106 +158,344 @@ def class_report(logits: torch.Tensor, labels: Sequence[int], classes: Sequence[
 
 # -- robustness -------------------------------------------------------------------------------------------------------
 
-def corrupt(images: torch.Tensor, kind: str, severity: int, seed: int = 0) -> torch.Tensor:
-    """Corrupt a batch, deterministically.
+def corrupt(image: torch.Tensor, kind: str, severity: int, seed: Sequence[int] = (0,)) -> torch.Tensor:
+    """Corrupt an image, deterministically.
 
     Args:
-        images: uint8 `(B, C, H, W)`.
+        image: uint8 `(C, H, W)`.
         kind: `noise`, `blur`, `contrast` or `occlusion` (see `CORRUPTIONS` for their strengths).
-        severity: 1 to 5.
-        seed: Seed of the noise and of the occluder's place.
+        severity: 0 (unchanged) to 5.
+        seed: Whole numbers that decide the noise and the occluder's place. The same seed gives the same noise,
+            scaled, at all severities.
 
     Returns:
-        uint8 `(B, C, H, W)`.
+        uint8 `(C, H, W)`.
+
+    Raises:
+        InputError: If there is no such corruption or severity.
     """
     if kind not in CORRUPTIONS or severity not in SEVERITIES:
-        raise InputError(f"corruption '{kind}' at severity {severity}; choose {', '.join(CORRUPTIONS)} at 1 to 5")
+        raise InputError(f"corruption '{kind}' at severity {severity}; choose {', '.join(CORRUPTIONS)} at 0 to 5")
+    if severity == 0:
+        return image
     strength = CORRUPTIONS[kind][severity - 1]
-    batch, _, height, width = images.shape
-    generator = torch.Generator().manual_seed(seed)
-    x = images.float() / 255
+    _, height, width = image.shape
+    generator = np.random.default_rng(list(seed))
+    x = image.float() / 255
     if kind == 'noise':
-        x = x + strength * torch.randn(x.shape, generator=generator).to(x.device)
+        x = x + strength * torch.from_numpy(generator.standard_normal(x.shape, dtype=np.float32))
     elif kind == 'blur':
         from torchvision.transforms.v2.functional import gaussian_blur
-        sigma = strength * min(height, width)
-        kernel = min(2 * math.ceil(3 * sigma) + 1, 2 * (min(height, width) // 2) - 1)
-        x = gaussian_blur(x, [kernel, kernel], [sigma, sigma])
+        side = min(height, width)
+        kernel = max(1, min(2 * math.ceil(3 * strength * side) + 1, 2 * (side // 2) - 1))
+        x = gaussian_blur(x, [kernel, kernel], [strength * side, strength * side])
     elif kind == 'contrast':
-        mean = x.mean(dim=(1, 2, 3), keepdim=True)
-        x = mean + strength * (x - mean)
+        x = x.mean() + strength * (x - x.mean())
     else:
-        side_y, side_x = round(height * strength ** 0.5), round(width * strength ** 0.5)
-        top = torch.randint(0, height - side_y + 1, (batch,), generator=generator)
-        left = torch.randint(0, width - side_x + 1, (batch,), generator=generator)
-        x = x.clone()
-        for index in range(batch):
-            x[index, :, top[index]:top[index] + side_y, left[index]:left[index] + side_x] = 0.5
+        rows, columns = round(height * strength ** 0.5), round(width * strength ** 0.5)
+        top, left = generator.integers(0, height - rows + 1), generator.integers(0, width - columns + 1)
+        x[:, top:top + rows, left:left + columns] = 0.5
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def robustness(
-        model: nn.Module,
+        pipe: ClassificationPipeline,
         images: ImageSet,
-        side: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        classes: Sequence[str],
         *,
-        count: Optional[int] = None,
         batch_size: int = 250,
         seed: int = 0,
-) -> Dict[str, Any]:
-    """Top-1 accuracy in per cent under each corruption at five severities.
+        advance: Optional[Callable[[int], None]] = None,
+) -> Dict[str, List[float]]:
+    """Top-1 accuracy in per cent under each corruption at severities 0 (clean) to 5.
 
     Args:
-        model: Classifier.
-        images: Test images, corrupted as stored and then resized to `side`.
-        side: Input side in pixels.
-        mean: Mean of each channel, for values 0 to 1.
-        std: Standard deviation of each channel.
-        count: Only so many images, evenly spread over the set (which may be sorted by class).
+        pipe: The model with its preparation of pictures.
+        images: Test images, corrupted as stored.
+        classes: Class names, in the order of the labels.
         batch_size: Images a forward pass.
         seed: Seed of the corruptions: two models see the same corrupted images.
+        advance: See `predict_logits`.
 
     Returns:
-        `{'num_images': N, 'clean': top1, 'noise': [five of top1], 'blur': …, 'contrast': …, 'occlusion': …}`.
+        `{'noise': [six numbers], 'blur': …, 'contrast': …, 'occlusion': …}`.
     """
-    if count is not None and count < len(images):
-        images = images.take(np.linspace(0, len(images) - 1, count).astype(int))
-    labels = torch.from_numpy(images.labels)
+    def accuracy(kind: str, severity: int) -> float:
+        logits = _logits(
+            pipe, images, classes, batch_size=batch_size, corruption=(kind, severity), seed=seed, advance=advance)
+        return round(100 * float((logits.argmax(1).numpy() == images.labels).mean()), 2)
 
-    def accuracy(corruption: Optional[Tuple[str, int]]) -> float:
-        logits = predict_logits(
-            model, images, side, mean, std, batch_size=batch_size, corruption=corruption, seed=seed)
-        return round(100 * float((logits.argmax(1) == labels).double().mean()), 2)
-
-    table: Dict[str, Any] = {'num_images': len(labels), 'clean': accuracy(None)}
-    for kind in CORRUPTIONS:
-        table[kind] = [accuracy((kind, severity)) for severity in SEVERITIES]
-    return table
+    clean = accuracy('noise', 0)
+    return {kind: [clean, *(accuracy(kind, severity) for severity in SEVERITIES[1:])] for kind in CORRUPTIONS}
 
 
-def plot_robustness(tables: Dict[str, Dict[str, Any]], path: Any) -> None:
-    """Draw `robustness` tables of one or more models, one panel a corruption, and save the picture.
+# -- models by name ---------------------------------------------------------------------------------------------------
+
+def _logits(pipe: ClassificationPipeline, images: ImageSet, classes: Sequence[str], **options: Any) -> torch.Tensor:
+    """Logits `(N, K)` of the pipeline's model, in the order of `classes`."""
+    order = _class_order(pipe, classes)
+    mode = 'L' if pipe.input_size[0] == 1 else 'RGB'
+
+    def prepare(batch: Iterator[torch.Tensor]) -> torch.Tensor:
+        pictures = (image.numpy().transpose(1, 2, 0) for image in batch)  # H, W, C
+        return torch.stack([
+            pipe.transform(Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p).convert(mode)) for p in pictures])
+
+    logits = predict_logits(pipe.model, images, prepare, device=pipe.device, **options)
+    if not logits.isfinite().all():
+        raise InputError(f"'{pipe.name}' gave scores that are not finite: its weights are damaged")
+    return logits[:, order]
+
+
+def _class_order(pipe: ClassificationPipeline, classes: Sequence[str]) -> List[int]:
+    """The model's output index of each class: by name, or by place where the model names none of them."""
+    if pipe.num_classes != len(classes):
+        raise InputError(f"'{pipe.name}' tells {pipe.num_classes} classes apart, the data have {len(classes)}")
+    names = pipe.label_names
+    if names is None or set(names).isdisjoint(classes):
+        return list(range(len(classes)))
+    unknown = [name for name in classes if name not in names]
+    if unknown:
+        raise InputError(f"'{pipe.name}' does not know the class '{unknown[0]}'; it knows {', '.join(names)}")
+    return [names.index(name) for name in classes]
+
+
+def measure(
+        pipe: ClassificationPipeline,
+        images: ImageSet,
+        classes: Sequence[str],
+        *,
+        batch_size: int = 250,
+        advance: Optional[Callable[[int], None]] = None,
+) -> Dict[str, Any]:
+    """Accuracy, calibration and per-class report of a pipeline's model.
 
     Args:
-        tables: `{model name: table}`.
+        pipe: The model with its preparation of pictures.
+        images: Images with labels.
+        classes: Class names, in the order of the labels.
+        batch_size: Images a forward pass.
+        advance: See `predict_logits`.
+
+    Returns:
+        `num_test` (images), `metrics` (see `classification_metrics`), `report` (see `class_report`).
+
+    Raises:
+        InputError: If the model has other classes, or scores that are not finite.
+    """
+    logits = _logits(pipe, images, classes, batch_size=batch_size, advance=advance)
+    return {
+        'num_test': len(images),
+        'metrics': classification_metrics(logits, images.labels),
+        'report': class_report(logits, images.labels, classes),
+    }
+
+
+def weights_folder(model: str) -> Optional[Path]:
+    """The folder of a model's weights, given as a path, as `local-dir:path` or by name; None if there is none."""
+    folder = Path(model.removeprefix('local-dir:'))
+    if (folder / 'config.json').is_file():
+        return folder
+    return weights_folders().get(model.removeprefix('vishub/'))
+
+
+def evaluate(
+        models: Sequence[str],
+        data: ImageData,
+        *,
+        split: str = 'test',
+        robustness_images: int = 0,
+        batch_size: int = 250,
+        seed: int = 0,
+        device: Optional[str] = None,
+        progress: Optional[Progress] = None,
+) -> Dict[str, Any]:
+    """Measure a model, and its peers on the same images.
+
+    Args:
+        models: Names that `ClassificationPipeline` takes, or folders of weights; the first is the model, the others
+            are its peers.
+        data: Data with the split.
+        split: `test` or `val`.
+        robustness_images: Also measure robustness, on at most so many evenly spread images of the split (which may be
+            sorted by class); 0 does not.
+        batch_size: Images a forward pass.
+        seed: Seed of the corruptions.
+        device: See `ClassificationPipeline`.
+        progress: Called with (images done, images in all), those of every corruption counted.
+
+    Returns:
+        JSON values: `model`, `num_params`, `data`, `split`, `num_test`, `metrics`, `report`, `peers`, and
+        `robustness` if asked for; the last five as metrics.json has them (`vishub/hub/folder.py`).
+
+    Raises:
+        InputError: If the data have no such split, or a model other classes.
+    """
+    if split not in ('test', 'val'):
+        raise InputError(f"split is '{split}'; it is test or val")
+    images = data.test if split == 'test' else data.val
+    if images is None:
+        raise InputError(f'{data.name} has no {split} split')
+    sources = [weights_folder(model) or model for model in models]
+    if len(set(sources)) < len(sources):
+        raise InputError(f'of {", ".join(models)} two are the same')
+    pipes: Dict[str, Tuple[ClassificationPipeline, Optional[Path]]] = {}
+    for model in models:
+        folder = weights_folder(model)
+        pipe = ClassificationPipeline(f'local-dir:{folder}' if folder else model, device)
+        _class_order(pipe, data.classes)  # fails before anything is measured
+        name = _display_name(model, folder, is_peer=bool(pipes))
+        if name in pipes:
+            raise InputError(f"two models are called '{name}': rename the folder of one")
+        pipes[name] = pipe, folder
+
+    some = images
+    if robustness_images and robustness_images < len(images):
+        some = images.take(np.linspace(0, len(images) - 1, robustness_images).astype(int).tolist())
+    passes = 1 + len(CORRUPTIONS) * (len(SEVERITIES) - 1) if robustness_images else 0
+    total, done = len(pipes) * (len(images) + passes * len(some)), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    measured: List[Dict[str, Any]] = []
+    tables: Dict[str, Dict[str, List[float]]] = {}
+    for name, (pipe, folder) in pipes.items():
+        figures = measure(pipe, images, data.classes, batch_size=batch_size, advance=advance)
+        training = _recorded(folder).get('training', {})
+        measured.append({'name': name, 'num_params': pipe.num_params, **figures, 'wall_s': training.get('wall_s')})
+        if robustness_images:
+            tables[name] = robustness(
+                pipe, some, data.classes, batch_size=batch_size, seed=seed, advance=advance)
+    own, *peers = measured
+    report = {
+        'model': own['name'], 'num_params': own['num_params'], 'data': data.name,
+        'split': 'test split' if split == 'test' else 'validation split',
+        **{key: own[key] for key in ('num_test', 'metrics', 'report')},
+        'peers': [{key: peer[key] for key in ('name', 'num_params', 'metrics', 'wall_s')} for peer in peers],
+    }
+    if robustness_images:
+        report['robustness'] = {
+            'metric': 'top1', 'severities': list(SEVERITIES), 'num_images': len(some), 'seed': seed, 'models': tables}
+    return report
+
+
+def _recorded(folder: Optional[Path]) -> Dict[str, Any]:
+    """A folder's metrics.json, empty if there is none."""
+    if folder is None or not (folder / 'metrics.json').is_file():
+        return {}
+    return json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
+
+
+def _display_name(model: str, folder: Optional[Path], is_peer: bool) -> str:
+    """The name of the weights; a peer whose sizes were changed is not to pass for the published architecture."""
+    if folder is None:
+        return model.removeprefix('vishub/')
+    name = folder.resolve().name
+    arguments = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get('model_args', {})
+    changed = [f'{key}={value}' for key, value in arguments.items() if key not in ('in_chans', 'num_classes')]
+    return f'{name} with {", ".join(changed)}' if is_peer and changed else name
+
+
+# -- report and card --------------------------------------------------------------------------------------------------
+
+def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List[Path]:
+    """Write what `evaluate` found: evaluation.json, confusion.png and, if it was measured, robustness.png.
+
+    Returns:
+        The files.
+    """
+    folder = Path(folder)
+    files = [folder / 'evaluation.json', folder / 'confusion.png']
+    with atomic_path(files[0]) as temporary:
+        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    plot_confusion(report['report']['confusion'], list(report['report']['classes']), files[1])
+    if 'robustness' in report:
+        files.append(folder / 'robustness.png')
+        plot_robustness(report['robustness'], files[-1])
+    return files
+
+
+def update_card(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write what `evaluate` found into a weights folder's metrics.json and README.md; its weights stay as they are.
+
+    Raises:
+        InputError: If the figures are not of the test split of the data that the weights were trained on.
+        WeightsNotFoundError: If the weights are not those that metrics.json speaks of.
+    """
+    recorded = _recorded(folder)
+    if 'sha256' not in recorded:
+        raise InputError(f"'{folder}' has no metrics.json with the checksum of its weights: save it with save_folder")
+    verify(folder / WEIGHTS_FILE, recorded['sha256'])
+    if report['split'] not in ('test split', recorded.get('split')):
+        raise InputError(f"a card has figures of the test split, not of the {report['split']}")
+    if recorded.get('data', report['data']) != report['data']:
+        raise InputError(f"'{folder}' was trained on {recorded['data']}; figures on {report['data']} belong elsewhere")
+    facts = {key: report[key] for key in ('data', 'split', 'num_test', 'metrics', 'report')}
+    if report['peers']:
+        facts['peers'] = report['peers']
+    if 'robustness' in report:
+        plot_robustness(report['robustness'], folder / 'robustness.png')
+        facts['robustness'] = report['robustness']
+        facts['card'] = {**recorded.get('card', {}), 'robustness_plot': 'robustness.png'}
+    annotate(folder, **facts)
+
+
+def plot_robustness(measured: Mapping[str, Any], path: Union[str, Path]) -> None:
+    """Draw the entry `robustness` of a report, one panel a corruption and one line a model, and save the picture.
+
+    Args:
+        measured: `{'severities': [0, …], 'models': {name: {corruption: [one number a severity]}}, …}`.
         path: Picture file; its suffix tells the format.
     """
+    figure = _figure(12, 3.4)
+    kinds = list(next(iter(measured['models'].values())))
+    axes = figure.subplots(1, len(kinds), sharey=True)
+    for axis, kind in zip(axes, kinds):
+        for name, table in measured['models'].items():
+            axis.plot(measured['severities'], table[kind], marker='o', label=name)
+        axis.set(title=kind, xlabel='severity (0 is clean)', xticks=measured['severities'])
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel='top-1 accuracy, %')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize='small')
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], path: Union[str, Path]) -> None:
+    """Draw a confusion matrix (rows are the true class, shares of each row as shades) and save the picture.
+
+    Args:
+        confusion: K x K counts.
+        classes: K names.
+        path: Picture file; its suffix tells the format.
+    """
+    counts = np.asarray(confusion)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = min(4 + 0.35 * len(classes), 20)
+    figure = _figure(side, side)
+    axis = figure.subplots()
+    axis.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    axis.set(xlabel='predicted', ylabel='true')
+    axis.set_xticks(range(len(classes)), classes, rotation=90)
+    axis.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 20:  # more numbers than that cannot be read
+        for (row, column), count in np.ndenumerate(counts):
+            colour = 'white' if shares[row, column] > 0.5 else 'black'
+            axis.text(column, row, str(count), ha='center', va='center', fontsize='x-small', color=colour)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure in inches that needs no display."""
     import_extra('matplotlib', 'train')
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from vishub.files import atomic_path
-    figure = Figure(figsize=(3 * len(CORRUPTIONS), 3.2), layout='constrained')
+    figure = Figure(figsize=(width, height), layout='constrained')
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(CORRUPTIONS), sharey=True)
-    for axis, kind in zip(axes, CORRUPTIONS):
-        for name, table in tables.items():
-            axis.plot((0, *SEVERITIES), [table['clean'], *table[kind]], marker='o', label=name)
-        axis.set(title=kind, xlabel='severity (0 is clean)', xticks=(0, *SEVERITIES))
-        axis.grid(alpha=0.3)
-    axes[0].set(ylabel='top-1 accuracy, %')
-    axes[0].legend(fontsize='small')
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    return figure

@@ -3,7 +3,7 @@ import ast
 import logging
 import platform
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ from torch import nn
 
 from vishub.errors import InputError
 from vishub.tasks.classification.data import AugmentedSet, ImageData, load_data
-from vishub.tasks.classification.metrics import class_report, classification_metrics, predict_logits, to_input
+from vishub.tasks.classification.metrics import classification_metrics, measure, predict_logits
+from vishub.tasks.classification.pipeline import ClassificationPipeline
 from vishub.training.config import TrainConfig
 from vishub.training.loop import TrainResult
 from vishub.training.recipe import Recipe
 
-__all__ = ['ClassificationRecipe', 'describe_hardware', 'parse_model_args']
+__all__ = ['ClassificationRecipe', 'describe_hardware', 'parse_model_args', 'to_input']
 
 
 def parse_model_args(items: Sequence[str]) -> Dict[str, Any]:
@@ -51,6 +52,23 @@ def describe_hardware(device: torch.device) -> str:
     return f'{torch.get_num_threads()} thread(s) of {name}, torch {torch.__version__}'
 
 
+def to_input(
+        images: torch.Tensor,
+        side: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+) -> torch.Tensor:
+    """uint8 or 0..1 float images `(B, C, H, W)` -> normalised float32 `(B, C, side, side)`.
+
+    The resizing is the bicubic one with antialiasing that PIL, and so the pipeline, applies.
+    """
+    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    if x.shape[-2:] != (side, side):
+        x = F.interpolate(x, size=(side, side), mode='bicubic', antialias=True, align_corners=False).clamp_(0, 1)
+    shape = (1, -1, 1, 1)
+    return (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
+
+
 class ClassificationRecipe(Recipe):
     """Label smoothing, mixup or cutmix, albumentations; accuracy of the stored weights at the end.
 
@@ -65,6 +83,7 @@ class ClassificationRecipe(Recipe):
         mix_prob: Share of the batches that are mixed at all.
         validate_on: `val`, `test` or `none`: see `ImageData.with_validation_on`.
         in_chans: 1 or 3 for image folders; other data have their own.
+        check: Decode every file of an image folder once before training.
         seed: Seed of the augmentation; give the same as in the config.
         tag: Tag of the weights, as in `favit_small64.<tag>`; by default the data's name.
         command: Command line, for the card.
@@ -85,12 +104,14 @@ class ClassificationRecipe(Recipe):
             mix_prob: float = 1.,
             validate_on: str = 'val',
             in_chans: int = 3,
+            check: bool = True,
             seed: int = 0,
             tag: Optional[str] = None,
             command: str = '',
     ):
         self.model_name, self.model_args = model, dict(model_args or {})
-        self.data = (data if isinstance(data, ImageData) else load_data(data, in_chans)).with_validation_on(validate_on)
+        read = data if isinstance(data, ImageData) else load_data(data, in_chans, check=check)
+        self.data = read.with_validation_on(validate_on)
         self.augmentation, self.label_smoothing = augmentation, label_smoothing
         self.mixup, self.cutmix, self.mix_prob = mixup, cutmix, mix_prob
         self.validate_on, self.seed, self.command = validate_on, seed, command
@@ -143,14 +164,18 @@ class ClassificationRecipe(Recipe):
         split = self.data.val
         if split is None:
             return None
-        logits = predict_logits(model, split, side, self.mean, self.std, device=device)
+
+        def prepare(images: Iterator[torch.Tensor]) -> torch.Tensor:
+            if split.native_side is None:  # files of any size
+                return torch.cat([to_input(image[None], side, self.mean, self.std) for image in images])
+            return to_input(torch.stack(list(images)).to(device), side, self.mean, self.std)
+
+        logits = predict_logits(model, split, prepare, device=device)
         metrics = classification_metrics(logits, split.labels)
         return {key: metrics[key] for key in ('top1', 'nll', 'ece')}
 
     def finish(self, model: nn.Module, result: TrainResult, config: TrainConfig) -> Path:
         """Store the weights as fp16, load what was stored, evaluate that, and store the figures beside it."""
-        import timm
-
         from vishub.hub import save_folder
         side = config.resolution[-1][0]
         # architecture without a tag: a fine-tuned model is no longer the tagged one
@@ -161,7 +186,6 @@ class ClassificationRecipe(Recipe):
         for key in ('drop_rate', 'drop_path_rate', 'pretrained'):  # they belong to training
             arguments.pop(key, None)
         save_folder(model, folder, metrics={}, card={}, model_args=arguments)
-        stored = timm.create_model(f'local-dir:{folder}', pretrained=True).to(next(model.parameters()).device)
         metrics = {
             'data': self.data.name,
             'training': {
@@ -170,7 +194,7 @@ class ClassificationRecipe(Recipe):
                 'hardware': describe_hardware(next(model.parameters()).device), 'samples': len(self.data.train),
                 'recipe': {**self.describe(), **config.fingerprint()},
             },
-            **self.final_figures(stored, side),
+            **self.final_figures(folder, next(model.parameters()).device),
         }
         save_folder(model, folder, metrics=metrics, card={}, model_args=arguments)
         logging.getLogger('vishub.training.main').info('stored %s: %s', folder, metrics.get('metrics'))
@@ -190,16 +214,16 @@ class ClassificationRecipe(Recipe):
         model.pretrained_cfg = model.default_cfg = cfg
         return model
 
-    def final_figures(self, model: nn.Module, side: int) -> Dict[str, Any]:
-        """Figures on the test split, or on the validation split where there is no other; says which."""
+    def final_figures(self, folder: Path, device: torch.device) -> Dict[str, Any]:
+        """Figures on the test split, or on the validation split where there is no other; says which.
+
+        They are the stored weights', through the pipeline: what a user of the folder gets.
+        """
         split, name = (self.data.test, 'test') if self.data.test is not None else (self.data.val, 'validation')
         if split is None:
             return {'split': None, 'num_test': 0, 'metrics': {}}
-        logits = predict_logits(model, split, side, self.mean, self.std)
-        return {
-            'split': f'{name} split', 'num_test': len(split), 'metrics': classification_metrics(logits, split.labels),
-            'report': class_report(logits, split.labels, self.data.classes),
-        }
+        pipe = ClassificationPipeline(f'local-dir:{folder}', device)
+        return {'split': f'{name} split', **measure(pipe, split, self.data.classes)}
 
 
 def channel_statistics(data: ImageData, count: int = 2000) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
