@@ -177,7 +177,7 @@ def _config(
         changes: Mapping[str, Any],
 ) -> Dict[str, Any]:
     """timm's Hub layout of config.json."""
-    source = model.pretrained_cfg
+    source: Any = model.pretrained_cfg
     cfg = {key: value for key, value in source.items() if key not in _SOURCE_KEYS and value is not None}
     for key in ('pool_size', 'first_conv', 'classifier'):  # None means something here
         cfg.setdefault(key, source.get(key))

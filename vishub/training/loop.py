@@ -7,6 +7,7 @@ mixup) of (seed, step), because all generators are seeded anew at every step. So
 import contextlib
 import csv
 import dataclasses
+import json
 import logging
 import math
 import random
@@ -184,10 +185,13 @@ class _Run:
             self.model = self.model.to(memory_format=torch.channels_last)
         # torch's own Adam has a fused form, on the CPU three times as fast as the default; others may not know it
         fused = {'fused': True} if config.opt in ('adam', 'adamw') else {}
-        optimizer = create_optimizer_v2(
-            self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay,
-            filter_bias_and_bn=True,  # vectors and the model's no_weight_decay() are left out of the decay
-            **fused)
+        try:
+            optimizer = create_optimizer_v2(
+                self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay,
+                filter_bias_and_bn=True,  # vectors and the model's no_weight_decay() are left out of the decay
+                **fused)
+        except ValueError as error:
+            raise InputError(f"opt is '{config.opt}': {error}") from error
         self.schedule = CosineLRScheduler(
             optimizer,
             t_initial=self.total_steps,
@@ -223,10 +227,11 @@ class _Run:
         return self.output / CHECKPOINT_NAME
 
     def fingerprint(self) -> Dict[str, Any]:
-        return {
+        options = {
             **self.config.fingerprint(), **self.recipe.describe(),
             'samples': len(self.data), 'processes': self.accelerator.num_processes,
         }
+        return json.loads(json.dumps(options))  # as it comes back from a checkpoint: without tuples
 
     def wall(self) -> float:
         return self.wall_before + time.perf_counter() - self.started

@@ -25,7 +25,7 @@ from vishub.errors import InputError, import_extra
 from vishub.tasks.images import decode_image, images_in
 from vishub.training.recipe import SampleKey
 
-__all__ = ['AUGMENTATIONS', 'AugmentedSet', 'ImageData', 'ImageSet', 'load_data', 'make_augmentation']
+__all__ = ['AUGMENTATIONS', 'AugmentedSet', 'ImageData', 'ImageSet', 'Indices', 'load_data', 'make_augmentation']
 
 VALIDATION_SHARE = 0.1  # 5,000 of CIFAR-10's training images, 6,000 of Fashion-MNIST's
 CIFAR10_CLASSES = (
@@ -33,6 +33,8 @@ CIFAR10_CLASSES = (
 FASHION_MNIST_CLASSES = (
     'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
 
+# class indices, or indices of images
+Indices = Union[Sequence[int], np.ndarray]
 # uint8 HWC -> uint8 HWC
 Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -46,7 +48,7 @@ class ImageSet:
         in_chans: Channels that images of files are decoded to: 1 grey, 3 RGB.
     """
 
-    def __init__(self, images: Union[np.ndarray, Sequence[Path]], labels: Sequence[int], in_chans: int = 3):
+    def __init__(self, images: Union[np.ndarray, Sequence[Path]], labels: Indices, in_chans: int = 3):
         if len(images) != len(labels):
             raise InputError(f'{len(images)} images but {len(labels)} labels')
         self.images = images
@@ -91,7 +93,7 @@ class ImageSet:
             more = f' (and {len(faults) - 1} more of {len(self)} images)' if len(faults) > 1 else ''
             raise InputError(f'{faults[0]}{more}')
 
-    def take(self, indices: Sequence[int]) -> 'ImageSet':
+    def take(self, indices: Indices) -> 'ImageSet':
         """The images of these indices, in this order."""
         if isinstance(self.images, np.ndarray):
             return ImageSet(self.images[indices], self.labels[indices])
@@ -154,11 +156,12 @@ class ImageData:
             raise InputError(f'{self.name} has no test split to validate on')
         train = self.train
         if self.val is not None:
+            whole: Any
             if isinstance(train.images, np.ndarray):
-                images = np.concatenate([train.images, self.val.images])
+                whole = np.concatenate([train.images, self.val.images])
             else:
-                images = [*train.images, *self.val.images]
-            train = ImageSet(images, np.concatenate([train.labels, self.val.labels]), train.in_chans)
+                whole = [*train.images, *self.val.images]
+            train = ImageSet(whole, np.concatenate([train.labels, self.val.labels]), train.in_chans)
         return dataclasses.replace(self, train=train, val=self.test if split == 'test' else None)
 
 
@@ -382,6 +385,11 @@ def _load_folder(path: Path, in_chans: int, val_share: float) -> ImageData:
 AUGMENTATIONS = ('none', 'light', 'medium', 'heavy')
 
 
+def _check_policy(policy: str) -> None:
+    if policy not in AUGMENTATIONS:
+        raise InputError(f"augmentation '{policy}' is unknown; choose one of {', '.join(AUGMENTATIONS)}")
+
+
 def make_augmentation(policy: str, size: Tuple[int, int], fixed_size: bool) -> Augmentation:
     """An albumentations policy by name; its randomness comes from the generator that it is called with.
 
@@ -396,8 +404,7 @@ def make_augmentation(policy: str, size: Tuple[int, int], fixed_size: bool) -> A
         InputError: If there is no such policy.
         MissingExtraError: If albumentations is not installed.
     """
-    if policy not in AUGMENTATIONS:
-        raise InputError(f"augmentation '{policy}' is unknown; choose one of {', '.join(AUGMENTATIONS)}")
+    _check_policy(policy)
     A = import_extra('albumentations', 'train')
     reflect = 2  # cv2.BORDER_REFLECT
     height, width = size
@@ -447,6 +454,7 @@ class AugmentedSet(Dataset):
     """
 
     def __init__(self, images: ImageSet, policy: str, seed: int = 0):
+        _check_policy(policy)
         self.images, self.policy, self.seed = images, policy, seed
         self._augmentations: Dict[int, Augmentation] = {}
 

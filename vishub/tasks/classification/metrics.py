@@ -18,7 +18,7 @@ from vishub.files import atomic_path
 from vishub.hub import annotate, verify, weights_folders
 from vishub.hub.find import WEIGHTS_FILE
 from vishub.tasks.base import Progress
-from vishub.tasks.classification.data import ImageData, ImageSet
+from vishub.tasks.classification.data import ImageData, ImageSet, Indices
 from vishub.tasks.classification.pipeline import ClassificationPipeline
 
 __all__ = [
@@ -100,7 +100,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> Tuple[floa
     return max(0., (centre - spread) / scale), min(1., (centre + spread) / scale)
 
 
-def classification_metrics(logits: torch.Tensor, labels: Sequence[int]) -> Dict[str, Any]:
+def classification_metrics(logits: torch.Tensor, labels: Indices) -> Dict[str, Any]:
     """Accuracy and calibration.
 
     Args:
@@ -128,7 +128,7 @@ def classification_metrics(logits: torch.Tensor, labels: Sequence[int]) -> Dict[
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in metrics.items()}
 
 
-def class_report(logits: torch.Tensor, labels: Sequence[int], classes: Sequence[str]) -> Dict[str, Any]:
+def class_report(logits: torch.Tensor, labels: Indices, classes: Sequence[str]) -> Dict[str, Any]:
     """Precision, recall, F1 and support of each class, and the confusion matrix.
 
     Args:
@@ -351,7 +351,7 @@ def evaluate(
 
     some = images
     if robustness_images and robustness_images < len(images):
-        some = images.take(np.linspace(0, len(images) - 1, robustness_images).astype(int).tolist())
+        some = images.take(np.linspace(0, len(images) - 1, robustness_images).astype(int))
     passes = 1 + len(CORRUPTIONS) * (len(SEVERITIES) - 1) if robustness_images else 0
     total, done = len(pipes) * (len(images) + passes * len(some)), 0
 

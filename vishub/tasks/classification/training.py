@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vishub import catalog
 from vishub.errors import InputError
+from vishub.tasks.base import pretrained_cfg_of
 from vishub.tasks.classification.data import AugmentedSet, ImageData, load_data
 from vishub.tasks.classification.metrics import classification_metrics, measure, predict_logits
 from vishub.tasks.classification.pipeline import ClassificationPipeline
@@ -137,10 +139,12 @@ class ClassificationRecipe(Recipe):
         import timm
 
         import vishub  # noqa: F401  registers our architectures
+        if ':' not in self.model_name and not timm.is_model(self.model_name.removeprefix('vishub/').split('.')[0]):
+            raise catalog.unknown('model', self.model_name, timm.list_models())
         try:
             return timm.create_model(
                 self.model_name, num_classes=self.num_classes, in_chans=self.data.train.in_chans, **self.model_args)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"model '{self.model_name}' refuses its arguments {self.model_args}: {error}") from error
 
     def train_set(self) -> AugmentedSet:
@@ -202,7 +206,7 @@ class ClassificationRecipe(Recipe):
 
     def stored_form(self, model: nn.Module, architecture: str, side: int) -> nn.Module:
         """Write into the model's pretrained_cfg what a user of the weights needs to know."""
-        cfg = dict(model.pretrained_cfg)
+        cfg = dict(pretrained_cfg_of(model))
         channels = self.data.train.in_chans
         cfg.update(
             architecture=architecture, tag=self.tag, num_classes=self.num_classes,
@@ -211,7 +215,8 @@ class ClassificationRecipe(Recipe):
             label_names=list(self.data.classes), url='', file='', state_dict=None, hf_hub_filename=None,
             hf_hub_id=f'vishub/{architecture}.{self.tag}', license='apache-2.0',
         )
-        model.pretrained_cfg = model.default_cfg = cfg
+        holder: Any = model
+        holder.pretrained_cfg = holder.default_cfg = cfg
         return model
 
     def final_figures(self, folder: Path, device: torch.device) -> Dict[str, Any]:
