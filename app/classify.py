@@ -14,13 +14,14 @@ from .messages import busy, error_sentence, failure, notice
 from .models import TrainedModel, trained_models
 from .pipelines import PIPELINES
 from .upload import picture_input, uploaded
-from .work import Work
+from .work import RunningWork, Stopped, Work
 
 __all__ = ['build', 'classify', 'examples_for']
 
 TASK = 'classification'
 NO_MODELS = 'No classification model has trained weights yet, so there is nothing to try here. ' \
             'The Models tab lists the architectures.'
+_RUNNING = RunningWork()
 _HEATMAP_SIZE = (720, 720)  # width, height in pixels that it is scaled to fit
 _NOTHING_YET = 'Choose a picture, paste one, or take an example.'
 
@@ -33,6 +34,7 @@ def classify(
         model: str,
         top_k: int,
         heatmap: bool,
+        request: Optional[gr.Request] = None,
 ) -> Iterator[Outputs]:
     """Classify an upload; yields what the page shall show, the last time with the result or one sentence of error.
 
@@ -41,6 +43,7 @@ def classify(
         model: Name of one of `trained_models`.
         top_k: How many classes.
         heatmap: Draw the heat map.
+        request: Given by Gradio; tells whose Stop button ends this work.
     """
     if not upload:
         yield _page(notice(_NOTHING_YET))
@@ -50,15 +53,27 @@ def classify(
         path, name = uploaded(upload)
         chosen = _chosen(model)
         work = Work(lambda progress: _run(chosen, path, top_k, heatmap, progress))
-        for done, total in work:
-            doing = f'Looking at {name} …' if total else f'Loading {chosen.name} …'
-            status = busy(doing, done / total if total > 1 else None)
-            yield gr.skip(), gr.skip(), gr.skip(), status, gr.Button(interactive=True)
+        with _RUNNING.of(_visitor(request), work):
+            for done, total in work:
+                doing = f'Looking at {name} …' if total else f'Loading {chosen.name} …'
+                status = busy('Stopping …' if work.is_stopping else doing, done / total if total > 1 else None)
+                yield gr.skip(), gr.skip(), gr.skip(), status, gr.Button(interactive=not work.is_stopping)
         result = work.result()
+    except Stopped:
+        yield _page(notice('Stopped.'))
+        return
     except Exception as error:
         yield _page(failure(error_sentence(error, 'classifying the picture', path, name)))
         return
     yield _shown(result, chosen, name)
+
+
+def _visitor(request: Optional[gr.Request]) -> Optional[str]:
+    return request.session_hash if request is not None else None
+
+
+def _stop(request: gr.Request) -> None:
+    _RUNNING.stop(_visitor(request))
 
 
 def _run(
@@ -163,15 +178,12 @@ def build(tab: gr.Tab) -> None:
             facts = gr.HTML(elem_id='vh-facts')
 
     # Raw values (preprocess=False): see upload.py. `always_last`: of several quick changes only the last one counts.
-    running = gr.on(
+    gr.on(
         [picture.change, model.change, run.click],
         classify, [picture, model, top_k, heatmap], [label, overlay, facts, status, stop],
         preprocess=False, show_progress='hidden', trigger_mode='always_last', api_visibility='private',
     )
-    stop.click(
-        lambda: (notice('Stopped.'), gr.Button(interactive=False)), None, [status, stop],
-        cancels=[running], queue=False, show_progress='hidden', api_visibility='private',
-    )
+    stop.click(_stop, queue=False, show_progress='hidden', api_visibility='private')
 
     def take_example(name: str, event: gr.SelectData) -> str:
         return str(examples_for(by_name[name])[event.index].path)

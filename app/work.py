@@ -1,10 +1,11 @@
 """Long work behind a page: it runs in a thread, tells how far it is, and stops when the user has gone or says stop."""
+import contextlib
 import threading
-from typing import Any, Callable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 from vishub.tasks.base import Progress
 
-__all__ = ['Stopped', 'Work']
+__all__ = ['RunningWork', 'Stopped', 'Work']
 
 
 class Stopped(Exception):
@@ -15,7 +16,7 @@ class Work:
     """One piece of work.
 
     Use it from a Gradio generator: iterate, yield what the page shall say, then take the result. If Gradio closes the
-    generator (Stop button, closed browser tab), the iterator closes too and the work ends at its next report.
+    generator (closed browser tab), the iterator closes too and the work ends at its next report, as after `stop`.
 
     Args:
         function: `function(progress)` does the work and calls `progress(done, total)` now and then.
@@ -34,6 +35,14 @@ class Work:
     @property
     def is_running(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        """End the work at its next report; `result` then raises `Stopped`."""
+        self._stop.set()
 
     def __iter__(self) -> Iterator[Tuple[int, int]]:
         """Start the work and give (done, total) every `poll_seconds` until it ends; (0, 0) while nothing is known."""
@@ -64,3 +73,34 @@ class Work:
         if self._stop.is_set():
             raise Stopped
         self._progress = (done, total)
+
+
+class RunningWork:
+    """The work of each visitor, for the Stop button to find.
+
+    The button does not cancel Gradio's event: what the event had already sent could reach the page behind the button's
+    own answer, and the page would say 'Looking at …' for ever. It stops the work, and the event says the last word.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._works: Dict[Optional[str], Work] = {}
+
+    @contextlib.contextmanager
+    def of(self, visitor: Optional[str], work: Work) -> Iterator[Work]:
+        """Hold `work` as that of `visitor` while the block runs."""
+        with self._lock:
+            self._works[visitor] = work
+        try:
+            yield work
+        finally:
+            with self._lock:
+                if self._works.get(visitor) is work:
+                    del self._works[visitor]
+
+    def stop(self, visitor: Optional[str]) -> None:
+        """Stop the visitor's work, if there is any."""
+        with self._lock:
+            work = self._works.get(visitor)
+        if work is not None:
+            work.stop()
