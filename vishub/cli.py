@@ -112,6 +112,8 @@ def train_classification(
         output: Path = typer.Option(..., help='Folder for the checkpoint, the logs and the finished weights.'),
         resolution: str = typer.Option('64:10', help='side:epochs, one after the other, as in 40:6,64:4.'),
         model_arg: List[str] = typer.Option([], help='Argument of the model, as in window_size=3; repeatable.'),
+        pretrained: bool = typer.Option(
+            False, '--pretrained', help='Start from trained weights; a head for another number of classes starts anew.'),
         tag: Optional[str] = typer.Option(None, help='Tag of the weights; the name of the data by default.'),
         batch_size: int = typer.Option(128, help='Images a process and forward pass.'),
         grad_accum: int = typer.Option(1, help='Forward passes an optimizer step.'),
@@ -159,8 +161,9 @@ def train_classification(
         amp=amp, device=device, channels_last=channels_last, compile=compile, seed=seed, num_workers=num_workers,
         num_threads=num_threads, checkpoint_every=checkpoint_every, validate_every=validate_every,
         time_limit=time_limit, resume=resume, progress=progress)
+    model_args = {**parse_model_args(model_arg), **({'pretrained': True} if pretrained else {})}
     recipe = ClassificationRecipe(
-        model, data, model_args=parse_model_args(model_arg), augmentation=augmentation,
+        model, data, model_args=model_args, augmentation=augmentation,
         label_smoothing=label_smoothing, mixup=mixup, cutmix=cutmix, mix_prob=mix_prob, validate_on=validate_on,
         in_chans=in_chans, check=check, seed=seed, tag=tag, command='vishub ' + shlex.join(sys.argv[1:]))
     result = train(recipe, config)

@@ -95,6 +95,8 @@ def save_folder(
             'size': (temporary / WEIGHTS_FILE).stat().st_size,
         }
         _write_json(temporary / 'config.json', config)
+        # safetensors makes its file private; it gets the rights of any other
+        (temporary / WEIGHTS_FILE).chmod((temporary / 'config.json').stat().st_mode)
         _write_json(temporary / 'metrics.json', metrics)
         (temporary / 'README.md').write_text(model_card(folder.name, config, metrics), encoding='utf-8')
         _check_rebuilds(temporary, tensors)
