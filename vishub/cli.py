@@ -113,7 +113,7 @@ def train_classification(
         resolution: str = typer.Option('64:10', help='side:epochs, one after the other, as in 40:6,64:4.'),
         model_arg: List[str] = typer.Option([], help='Argument of the model, as in window_size=3; repeatable.'),
         pretrained: bool = typer.Option(
-            False, '--pretrained', help='Start from trained weights; a head for another number of classes starts anew.'),
+            False, '--pretrained', help='Start from trained weights; a head for other classes starts anew.'),
         tag: Optional[str] = typer.Option(None, help='Tag of the weights; the name of the data by default.'),
         batch_size: int = typer.Option(128, help='Images a process and forward pass.'),
         grad_accum: int = typer.Option(1, help='Forward passes an optimizer step.'),
