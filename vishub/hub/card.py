@@ -193,7 +193,9 @@ def _peers(name: str, metrics: Mapping[str, Any]) -> str:
         for entry in (own, *peers)
     ]
     header = ['Model', 'Parameters', *(_METRIC_TITLES.get(key, key) for key in keys), 'Training time']
-    return '## Peers under the same budget\n\n' + _table(header, rows)
+    epochs = metrics.get('training', {}).get('epochs')
+    same = all(peer.get('epochs', epochs) == epochs for peer in peers)
+    return f'## Peers {"under the same budget" if same else "on the same data"}\n\n' + _table(header, rows)
 
 
 def _robustness(metrics: Mapping[str, Any], card: Mapping[str, Any]) -> str:

@@ -264,7 +264,8 @@ def test_evaluate_writes_report_plots_and_card(stored, tmp_path, capsys):
     assert report['metrics']['top1'] == pytest.approx(100 * sum(right) / 12, abs=1e-3)
     peer, = report['peers']
     assert peer['name'] == 'favit_small64.other with depths=[1, 1, 1, 1]' and peer['wall_s'] == 90
-    assert peer['num_params'] > report['num_params']
+    assert peer['num_params'] > report['num_params'] and set(peer) == {
+        'name', 'num_params', 'metrics', 'wall_s', 'epochs'}
     assert report['robustness']['num_images'] == 4
     assert list(report['robustness']['models']) == ['favit_small64.pets', peer['name']]
 
@@ -277,10 +278,14 @@ def test_evaluate_writes_report_plots_and_card(stored, tmp_path, capsys):
     for line in (
             f'| Top-1 accuracy (%) | {report["metrics"]["top1"]:.2f} | {low:.2f} to {high:.2f} |',
             '| favit_small64.other with depths',
+            '## Peers under the same budget',
             '4 evenly spread images of the test split', '| Model | Corruption | clean | severity 1 |',
             '![Top-1 accuracy (%) under corruption](robustness.png)', 'Pets only.'):
         assert line in card
     assert (folder / 'robustness.png').is_file()
+    report['peers'][0]['epochs'] = 2  # another budget than the model's
+    update_card(folder, report)
+    assert '## Peers on the same data' in (folder / 'README.md').read_text()
 
 
 def test_evaluate_prints_a_table(stored, capsys):

@@ -366,7 +366,8 @@ def evaluate(
     for name, (pipe, folder) in pipes.items():
         figures = measure(pipe, images, data.classes, batch_size=batch_size, advance=advance)
         training = _recorded(folder).get('training', {})
-        measured.append({'name': name, 'num_params': pipe.num_params, **figures, 'wall_s': training.get('wall_s')})
+        budget = {key: training[key] for key in ('wall_s', 'epochs') if key in training}
+        measured.append({'name': name, 'num_params': pipe.num_params, **figures, **budget})
         if robustness_images:
             tables[name] = robustness(
                 pipe, some, data.classes, batch_size=batch_size, seed=seed, advance=advance)
@@ -375,7 +376,7 @@ def evaluate(
         'model': own['name'], 'num_params': own['num_params'], 'data': data.name,
         'split': 'test split' if split == 'test' else 'validation split',
         **{key: own[key] for key in ('num_test', 'metrics', 'report')},
-        'peers': [{key: peer[key] for key in ('name', 'num_params', 'metrics', 'wall_s')} for peer in peers],
+        'peers': [{key: value for key, value in peer.items() if key not in ('num_test', 'report')} for peer in peers],
     }
     if robustness_images:
         report['robustness'] = {
