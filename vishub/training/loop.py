@@ -347,7 +347,7 @@ class _Run:
                 f'{len(self.data):,} samples, {config.epochs} epochs of {self.steps_per_epoch} steps on {self.device}')
         stop = False
         columns = (
-            TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn('{task.description}'), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn('{task.fields[note]}'))
         show = config.progress and self.main
         with Progress(*columns, console=self.console, disable=not show) as progress:
