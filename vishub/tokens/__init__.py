@@ -1,0 +1,23 @@
+"""Token reduction for vision transformers: fewer tokens inside, the same inputs and outputs outside.
+
+    model = timm.create_model('deit_small_patch16_224', pretrained=True).eval()
+    tokens.apply(model, 'tome', r=13)         # or macs=0.6
+    with tokens.trace(model) as traces:
+        logits = model(images)
+    tokens.visualize(image, traces[0]).save('merged.png')
+    tokens.remove(model)                      # bit for bit what it was
+"""
+from vishub.tokens import functional
+from vishub.tokens.baselines import ClassAttention, Random, Uniform
+from vishub.tokens.cost import Macs, macs, schedule
+from vishub.tokens.method import Method, Seen, State, keep_tokens, methods, register_method
+from vishub.tokens.picture import visualize
+from vishub.tokens.reduced import apply, config, reduced, remove
+from vishub.tokens.tome import ToMe
+from vishub.tokens.tracing import Trace, restore, trace
+
+__all__ = [
+    'ClassAttention', 'Macs', 'Method', 'Random', 'Seen', 'State', 'ToMe', 'Trace', 'Uniform', 'apply', 'config',
+    'functional', 'keep_tokens', 'macs', 'methods', 'reduced', 'register_method', 'remove', 'restore', 'schedule',
+    'trace', 'visualize',
+]
