@@ -138,7 +138,7 @@ def test_macs_equal_the_layers_that_run():
     """Against torch's own counter, which sees what is executed (attention unfused, so that it is seen)."""
     from torch.utils.flop_counter import FlopCounterMode
     for name in ('vit', 'siglip', 'eva02', 'beit', 'nvit', 'deit_distilled'):
-        model = tokens.apply(small_model(name), 'uniform', keep={0: 0.6, 1: 0.5})
+        model = tokens.apply(small_model(name).requires_grad_(False), 'uniform', keep={0: 0.6, 1: 0.5})
         for module in model.modules():
             if hasattr(module, 'fused_attn'):
                 module.fused_attn = False

@@ -13,11 +13,12 @@ from vishub.tokens.cost import Macs, macs, schedule
 from vishub.tokens.method import Method, Seen, State, keep_tokens, methods, register_method
 from vishub.tokens.picture import visualize
 from vishub.tokens.reduced import apply, config, reduced, remove
+from vishub.tokens.token_transforming import TokenTransforming
 from vishub.tokens.tome import ToMe
 from vishub.tokens.tracing import Trace, restore, trace
 
 __all__ = [
-    'ClassAttention', 'Macs', 'Method', 'Random', 'Seen', 'State', 'ToMe', 'Trace', 'Uniform', 'apply', 'config',
-    'functional', 'keep_tokens', 'macs', 'methods', 'reduced', 'register_method', 'remove', 'restore', 'schedule',
-    'trace', 'visualize',
+    'ClassAttention', 'Macs', 'Method', 'Random', 'Seen', 'State', 'ToMe', 'TokenTransforming', 'Trace',
+    'Uniform', 'apply', 'config', 'functional', 'keep_tokens', 'macs', 'methods', 'reduced',
+    'register_method', 'remove', 'restore', 'schedule', 'trace', 'visualize',
 ]

@@ -108,7 +108,7 @@ def merge_sizes(plan: Plan, size: Optional[torch.Tensor] = None) -> torch.Tensor
     """Sizes (B, N) float32 (None: all 1) -> (B, M): a destination grows by its sources."""
     if size is None:
         kept = torch.ones(plan.keep.shape, device=plan.keep.device)
-        return kept.scatter_add_(1, plan.target, kept[:, :1].expand_as(plan.target))
+        return kept.scatter_add_(1, plan.target, torch.ones(plan.target.shape, device=plan.keep.device))
     return size.gather(1, plan.keep).scatter_add(1, plan.target, size.gather(1, plan.source))
 
 
