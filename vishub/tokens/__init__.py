@@ -16,9 +16,10 @@ from vishub.tokens.reduced import apply, config, reduced, remove
 from vishub.tokens.token_transforming import TokenTransforming
 from vishub.tokens.tome import ToMe
 from vishub.tokens.tracing import Trace, restore, trace
+from vishub.tokens.zero_tprune import PRESETS, ZeroTPrune
 
 __all__ = [
-    'ClassAttention', 'Macs', 'Method', 'Random', 'Seen', 'State', 'ToMe', 'TokenTransforming', 'Trace',
-    'Uniform', 'apply', 'config', 'functional', 'keep_tokens', 'macs', 'methods', 'reduced',
+    'ClassAttention', 'Macs', 'Method', 'PRESETS', 'Random', 'Seen', 'State', 'ToMe', 'TokenTransforming', 'Trace',
+    'Uniform', 'ZeroTPrune', 'apply', 'config', 'functional', 'keep_tokens', 'macs', 'methods', 'reduced',
     'register_method', 'remove', 'restore', 'schedule', 'trace', 'visualize',
 ]
