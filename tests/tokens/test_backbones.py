@@ -191,7 +191,10 @@ def test_any_image_size():
     assert traces[0].counts[-1] == (10, 10) and traces[0].grid == (6, 3)
     assert maps[0].shape == (1, 64, 6, 3)
     assert tokens.macs(model, (96, 48)).tokens_end[-1] == 10
-    tokens.apply(model, 'class_attention', tokens_after={0: 12})
+    tokens.apply(model, 'class_attention', tokens_after={0: 19})  # more than the 17 of the model's own size
+    with torch.inference_mode(), tokens.trace(model) as traces:
+        model(torch.randn(1, 3, 96, 96))
+    assert traces[0].counts[-1] == (19, 19)
     with pytest.raises(InputError, match='only 5 tokens reach block 0'):
         model(torch.randn(1, 3, 32, 32))
 

@@ -5,7 +5,7 @@ import torch
 from tests.tokens.small_models import images, small_model
 from vishub import tokens
 from vishub.errors import InputError
-from vishub.tokens.functional import similarity, take_rows, transform, transform_matrix
+from vishub.tokens.functional import similarity, spread, take_rows, transform, transform_matrix
 
 SIMILAR = torch.tensor([[[1, .8, .2, 0], [0, .4, .6, 1]]])
 ANCHORS = torch.tensor([[0, 3]])
@@ -50,6 +50,12 @@ def test_invariants_of_the_matrix(tau, targets):
     if tau == 0 or targets == 1:
         assert torch.equal(columns, transform_matrix(similar, anchors, 0, 1))
         assert ((columns == 0) | (columns == 1)).all()
+    # The way the models take: only those that go are multiplied.
+    rest = torch.stack([torch.tensor(sorted(set(range(12)) - set(row.tolist()))) for row in anchors])
+    part = columns.gather(2, rest.unsqueeze(1).expand(-1, 5, -1))
+    for sizes in (size, None):
+        for got, expected in zip(spread(x, anchors, rest, part, sizes), transform(x, columns, sizes)):
+            torch.testing.assert_close(got, expected)
     same = torch.ones_like(x) * 3
     torch.testing.assert_close(columns.transpose(1, 2) @ transform(same, columns, size)[0], same)
 
@@ -91,6 +97,12 @@ def test_in_models(name):
     assert (sizes[:, :prefix] == 1).all()
     torch.testing.assert_close(sizes[:, prefix:].sum(1), torch.full((2,), 16.))
     assert trace.importance(0).shape == (2, 16 + prefix)
+    # What the blocks computed is the recorded matrix times the tokens, weighted by size.
+    for layer, before in ((0, torch.ones(2, 16 + prefix)), (1, trace.sizes(0))):
+        step = trace.steps[layer]
+        weight = step.move * before.unsqueeze(1)
+        torch.testing.assert_close(weight @ step.before / weight.sum(-1, keepdim=True), step.after,
+                                   rtol=1e-4, atol=1e-5)
     y = torch.randn(2, 8 + prefix, 5)
     torch.testing.assert_close(tokens.restore(y, trace), matrix.transpose(1, 2) @ y)
     assert maps[0].shape == (2, 16, 64)

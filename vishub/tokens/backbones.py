@@ -66,15 +66,17 @@ def attend(
     if 'probs' in needs:
         # Page rank multiplies this matrix with itself many times over: float32, whatever the model runs in.
         with full_precision(q):
-            logits = (q.float() * attn.scale) @ k.float().transpose(-2, -1)
+            # Copying the rows of k is cheaper than matmul's own copy of its columns.
+            logits = (q.float().contiguous() * attn.scale) @ k.float().contiguous().transpose(-2, -1)
             probs = (logits if bias is None else logits + bias.float()).softmax(dim=-1)
         out = F.dropout(probs, dropout, attn.training).to(v.dtype) @ v
         return out, probs[:, :, 0].mean(dim=1), probs
     if 'class_row' in needs:
         with full_precision(q):
-            row = (q[:, :, :1].float() * attn.scale) @ k.float().transpose(-2, -1)  # B, H, 1, N
-            row = row if bias is None else row + bias[..., :1, :].float()
-            class_row = row.softmax(dim=-1).mean(dim=(1, 2))
+            # One row needs no matmul, which would copy k into another layout first.
+            row = (q[:, :, :1].float() * attn.scale * k.float()).sum(dim=-1)  # B, H, N
+            row = row if bias is None else row + bias[..., 0, :].float()
+            class_row = row.softmax(dim=-1).mean(dim=1)
     if attn.fused_attn:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
     else:

@@ -85,7 +85,7 @@ def _blocks(prices: Sequence[_Price], tokens: int, counts: Sequence[int], place:
 def _of(model: nn.Module) -> Tuple[Optional[Method], Backbone, Layout]:
     reduction = vars(model).get('_token_reduction')
     if reduction is not None:
-        return reduction.method, reduction.backbone, reduction.layout
+        return reduction.method, reduction.backbone, reduction.backbone.layout(model)  # the size may be new since
     backbone = backbone_of(model, type(model))
     return None, backbone, backbone.layout(model)
 

@@ -17,7 +17,7 @@ from vishub.errors import InputError
 
 __all__ = [
     'Plan', 'bipartite_matching', 'filter_heads', 'fold', 'merge', 'merge_sizes', 'page_rank', 'page_rank_start',
-    'similarity', 'take_rows', 'transform', 'transform_matrix', 'unmerge',
+    'similarity', 'spread', 'take_rows', 'transform', 'transform_matrix', 'unmerge',
 ]
 
 
@@ -251,7 +251,7 @@ def page_rank(
                 score = score @ attn
             return score.squeeze(-2)
         mask = mask.expand(attn.shape[:-1])
-        row_sum = (attn @ mask.unsqueeze(-1)).transpose(-2, -1)  # ..., 1, N: what of each row stays inside
+        row_sum = mask.unsqueeze(-2) @ attn.transpose(-2, -1)  # ..., 1, N: what of each row stays inside
         # A row that looks at nobody inside has no vote to give; the floor only avoids 0 / 0.
         give = mask.unsqueeze(-2) / row_sum.clamp_min(torch.finfo(torch.float32).tiny)
         for _ in range(iterations):
@@ -351,11 +351,38 @@ def transform_matrix(
     targets = 1 if tau == 0 else min(targets, M)
     best = similar.transpose(1, 2).topk(targets, dim=-1)  # B, n, K
     weight = (best.values / tau).softmax(dim=-1) if tau > 0 else torch.ones_like(best.values)
-    columns = torch.zeros(B, n, M, device=similar.device, dtype=weight.dtype).scatter(2, best.indices, weight)
+    columns = torch.zeros(B, n, M, device=similar.device, dtype=weight.dtype).scatter_(2, best.indices, weight)
     if own:
         identity = torch.eye(M, device=similar.device, dtype=weight.dtype).expand(B, M, M)
         columns = columns.scatter(1, anchors.unsqueeze(-1).expand(B, M, M), identity)
     return columns.transpose(1, 2)
+
+
+def spread(
+        x: torch.Tensor,
+        anchors: torch.Tensor,
+        rest: torch.Tensor,
+        columns: torch.Tensor,
+        size: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """`transform` where anchors keep themselves, so that only the columns of the others have to be multiplied.
+
+    Args:
+        x: (B, N, D).
+        anchors, rest: (B, M) and (B, R) int64 positions of the tokens that stay and of those that go.
+        columns: (B, M, R) weights of the tokens in `rest`; columns sum to 1.
+        size: (B, N); None for all 1.
+
+    Returns:
+        (B, M, D) and (B, M) float32.
+    """
+    with full_precision(x):
+        weight = columns if size is None else columns * size.gather(1, rest).unsqueeze(1)
+        own = torch.ones(anchors.shape, device=x.device) if size is None else size.gather(1, anchors)
+        new_size = own + weight.sum(dim=-1)
+        share = (weight / new_size.unsqueeze(-1)).to(x.dtype)
+        kept = take_rows(x, anchors) * (own / new_size).unsqueeze(-1).to(x.dtype)
+        return torch.baddbmm(kept, share, take_rows(x, rest)), new_size
 
 
 def transform(

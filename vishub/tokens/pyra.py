@@ -103,7 +103,8 @@ class PYRA(ToMe):
         if self.lora and any(getattr(block.attn, 'qkv', None) is None for block in model.blocks):
             raise InputError('lora needs queries, keys and values in one layer, and this model has three; '
                              'use lora=0 with adapter=')
-        self.token_counts()
+        if self.layout.fixed:
+            self.token_counts()
 
     def count(self, layer: int, tokens: int) -> int:
         r, patches = self.r[layer], tokens - self.layout.prefix

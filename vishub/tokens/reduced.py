@@ -140,7 +140,7 @@ class ReducedModel:
         prefix, pool = reduction.layout.prefix, self.global_pool
         attn_pool = getattr(self, 'attn_pool', None)
         if size is None:
-            merged = reduction.method.merges and x.shape[1] != reduction.layout.tokens
+            merged = reduction.method.merges and x.shape[1] != reduction.backbone.layout(self).tokens
             if merged and attn_pool is None and pool in ('avg', 'avgmax'):
                 raise InputError(f'forward_head: global_pool={pool!r} has to weight merged tokens by their size; call '
                                  'the model, or pass size= (Trace.sizes() of the same forward)')
@@ -266,9 +266,8 @@ def apply(model: nn.Module, method: str, **config: Any) -> nn.Module:
     chosen = find_method(method)()
     chosen.name = method
     chosen.prepare(model, config, layout)
-    counts = chosen.token_counts()
-    if chosen.place == 'end' and counts and layout.depth > 1:
-        _warn_of_waste(chosen, model, layout, counts)
+    if layout.fixed:  # otherwise the counts meet their tokens in the forward
+        _warn_of_waste(chosen, model, chosen.token_counts())
     remove(model)
     chosen.attach(model)
     model._token_reduction = Reduction(chosen, backbone, layout, model_type)
@@ -276,9 +275,10 @@ def apply(model: nn.Module, method: str, **config: Any) -> nn.Module:
     return model
 
 
-def _warn_of_waste(method: Method, model: nn.Module, layout: Layout, counts: List[int]) -> None:
-    if counts[-1] < counts[-2] and model.global_pool == 'token':
-        warnings.warn(f'{method.name} reduces behind the last block ({layout.depth - 1}): its head reads the class '
+def _warn_of_waste(method: Method, model: nn.Module, counts: List[int]) -> None:
+    before = counts[-2] if len(counts) > 1 else method.layout.tokens
+    if method.place == 'end' and counts[-1] < before and model.global_pool == 'token':
+        warnings.warn(f'{method.name} reduces behind the last block ({len(counts) - 1}): the head reads the class '
                       'token only, so this saves nothing', stacklevel=3)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vishub.errors import InputError
-from vishub.tokens.functional import similarity, take_rows, transform, transform_matrix
+from vishub.tokens.functional import similarity, spread, take_rows, transform_matrix
 from vishub.tokens.method import Method, Seen, State, number, register_method, whole, with_prefix
 
 __all__ = ['TokenTransforming']
@@ -64,33 +64,39 @@ class TokenTransforming(Method):
         with torch.no_grad():
             importance = self.importance(x, seen)
             order = importance[:, prefix:].argsort(dim=-1, descending=True, stable=True)
-            anchors = order[:, :seen.count - prefix].sort(dim=-1).values  # B, M
-            metric = seen.keys.mean(dim=1, dtype=torch.float32)[:, prefix:]  # B, n, d
-            similar = similarity(take_rows(metric, anchors), metric)  # B, M, n
-            columns = transform_matrix(similar, anchors, self.tau, self.targets)
-        size = state.size
-        y, new_size = transform(x[:, prefix:], columns, None if size is None else size[:, prefix:])
+            keep = with_prefix(order[:, :seen.count - prefix].sort(dim=-1).values, prefix)  # B, prefix + M
+            anchors = keep[:, prefix:]
+            rest = order[:, seen.count - prefix:] + prefix  # B, n - M
+            metric = seen.keys.float().sum(dim=1)  # B, N, d; the sum over heads points where their mean does
+            similar = similarity(take_rows(metric, anchors), take_rows(metric, rest))  # B, M, n - M
+            columns = transform_matrix(similar, anchors, self.tau, self.targets, own=False)
+        y, new_size = spread(x, anchors, rest, columns, state.size)
         front = torch.ones_like(new_size[:, :1]).expand(-1, prefix)  # prefix tokens only ever stand for themselves
-        keep = with_prefix(anchors, prefix)
         return torch.cat([x[:, :prefix], y], dim=1), State(
             size=torch.cat([front, new_size], dim=1),
             index=None if state.index is None else state.index.gather(1, keep),
-            move=_with_prefix(columns, prefix) if seen.record else None,
+            move=_all_columns(columns, anchors, rest, prefix) if seen.record else None,
             importance=importance if seen.record else None,
         )
 
     def overhead(self, layer: int, before: int, after: int, heads: int, head_dim: int, width: int) -> int:
         patches, anchors = before - self.layout.prefix, after - self.layout.prefix
         choice = {'class': heads * before * head_dim, 'mean': 0, 'norm': before * width}[self.anchors]
-        return choice + anchors * patches * (head_dim + width)  # similarities, and the product with the tokens
+        # Similarities, and the product with the tokens that go; anchors keep themselves.
+        return choice + anchors * (patches - anchors) * (head_dim + width)
 
 
-def _with_prefix(columns: torch.Tensor, prefix: int) -> torch.Tensor:
-    """(B, M, n) -> (B, prefix + M, prefix + n), prefix tokens going to themselves."""
-    B, M, n = columns.shape
-    out = columns.new_zeros(B, prefix + M, prefix + n)
-    out[:, range(prefix), range(prefix)] = 1
-    out[:, prefix:, prefix:] = columns
+def _all_columns(columns: torch.Tensor, anchors: torch.Tensor, rest: torch.Tensor, prefix: int) -> torch.Tensor:
+    """Columns of the tokens that go (B, M, n - M) -> of all (B, prefix + M, prefix + n); the others keep themselves.
+
+    `anchors` and `rest` are positions among all tokens.
+    """
+    B, M = anchors.shape
+    stay = torch.eye(M, device=columns.device).expand(B, M, M)
+    order = torch.cat([anchors, rest], dim=1).unsqueeze(1).expand(B, M, -1)
+    out = columns.new_zeros(B, prefix + M, prefix + order.shape[-1])
+    out.diagonal(dim1=1, dim2=2)[:, :prefix] = 1
+    out[:, prefix:].scatter_(2, order, torch.cat([stay, columns], dim=2))
     return out
 
 

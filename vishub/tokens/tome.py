@@ -84,7 +84,8 @@ class ToMe(Method):
 
     def reduce(self, x: torch.Tensor, state: State, seen: Seen) -> Tuple[torch.Tensor, State]:
         with torch.no_grad():
-            plan = bipartite_matching(seen.keys.mean(dim=1, dtype=torch.float32), x.shape[1] - seen.count, seen.prefix)
+            # The sum over heads points where their mean does.
+            plan = bipartite_matching(seen.keys.float().sum(dim=1), x.shape[1] - seen.count, seen.prefix)
         x, size = self.merge(x, plan, state, seen)
         return x, State(
             size=size,

@@ -100,7 +100,7 @@ class ZeroTPrune(Method):
                     raise InputError(f'similar is {value!r}; it must be a dict {{block: tokens}}')
                 whole(value, key, low)
         before = self.layout.tokens
-        for layer, after in enumerate(self.token_counts()):
+        for layer, after in enumerate(self.token_counts() if self.layout.fixed else ()):
             self.similar_count(layer, before, after)
             before = after
 
@@ -151,8 +151,8 @@ class ZeroTPrune(Method):
         else:
             part = dict(key=seen.keys, query=seen.query, value=seen.value)[self.feature]
             feature = part.transpose(1, 2).flatten(2)  # B, H, N, d -> B, N, H * d
-        feature = feature[:, seen.prefix:]
-        alike = similarity(take_rows(feature, go), take_rows(feature, stay), self.metric).amax(dim=-1)
+        go_rows, stay_rows = (take_rows(feature, part + seen.prefix) for part in (go, stay))
+        alike = similarity(go_rows, stay_rows, self.metric).amax(dim=-1)
         first = alike.argsort(dim=-1, descending=True, stable=True)[:, :count]
         return go.gather(1, first)
 
