@@ -381,8 +381,8 @@ def spread(
         own = torch.ones(anchors.shape, device=x.device) if size is None else size.gather(1, anchors)
         new_size = own + weight.sum(dim=-1)
         share = (weight / new_size.unsqueeze(-1)).to(x.dtype)
-        kept = take_rows(x, anchors) * (own / new_size).unsqueeze(-1).to(x.dtype)
-        return torch.baddbmm(kept, share, take_rows(x, rest)), new_size
+        kept = take_rows(x, anchors).mul_((own / new_size).unsqueeze(-1).to(x.dtype))
+        return kept.baddbmm_(share, take_rows(x, rest)), new_size
 
 
 def transform(

@@ -9,6 +9,7 @@ import warnings
 from typing import List, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vishub.errors import InputError
@@ -70,10 +71,10 @@ class TokenTransforming(Method):
             metric = seen.keys.float().sum(dim=1)  # B, N, d; the sum over heads points where their mean does
             similar = similarity(take_rows(metric, anchors), take_rows(metric, rest))  # B, M, n - M
             columns = transform_matrix(similar, anchors, self.tau, self.targets, own=False)
-        y, new_size = spread(x, anchors, rest, columns, state.size)
-        front = torch.ones_like(new_size[:, :1]).expand(-1, prefix)  # prefix tokens only ever stand for themselves
-        return torch.cat([x[:, :prefix], y], dim=1), State(
-            size=torch.cat([front, new_size], dim=1),
+            onto = F.pad(columns, (0, 0, prefix, 0))  # B, prefix + M, n - M: prefix tokens take nothing
+        y, size = spread(x, keep, rest, onto, state.size)
+        return y, State(
+            size=size,
             index=None if state.index is None else state.index.gather(1, keep),
             move=_all_columns(columns, anchors, rest, prefix) if seen.record else None,
             importance=importance if seen.record else None,
