@@ -12,6 +12,7 @@ from vishub.models import builder as _builder
 from vishub.models import namespace as _namespace
 
 if TYPE_CHECKING:
+    from vishub import pruning, tokens
     from vishub.catalog import UnknownNameError
     from vishub.errors import InputError, MissingExtraError, WeightsNotFoundError
     from vishub.models.namespace import create_model, list_models
@@ -21,12 +22,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     'InputError', 'MissingExtraError', 'UnknownNameError', 'WeightsNotFoundError',
-    'create_model', 'list_models', 'pipeline',
+    'create_model', 'list_models', 'pipeline', 'pruning', 'tokens',
 ]
 
 _namespace.install()
 _builder.set_weight_resolver(_find.resolve)
 
+# packages that are loaded when they are first used
+_PACKAGES = ('pruning', 'tokens')
 # public name -> module that has it
 _PUBLIC = {
     'InputError': 'vishub.errors',
@@ -40,6 +43,8 @@ _PUBLIC = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f'vishub.{name}')  # the import sets the attribute, too
     if name not in _PUBLIC:
         raise AttributeError(f"module 'vishub' has no attribute '{name}'")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
@@ -48,4 +53,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> List[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_PUBLIC, *_PACKAGES})
