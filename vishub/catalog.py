@@ -227,7 +227,35 @@ _ARCHITECTURES = (
 )
 
 # name, data, metric, value, sha256, size, licence
-_WEIGHTS: Tuple[Weight, ...] = ()
+_WEIGHTS: Tuple[Weight, ...] = (
+    Weight(
+        name='favit_b2.cifar10',
+        data='CIFAR-10 (JPEG)',
+        metric='top1',
+        value=75.9,
+        sha256='8dea6ba76ce7a3e762ac505db9c5548849b796db898675e6f98a7ddef20bcb5e',
+        size=48928540,
+        licence='apache-2.0',
+    ),
+    Weight(
+        name='favit_small64.cifar10',
+        data='CIFAR-10 (JPEG)',
+        metric='top1',
+        value=79.89,
+        sha256='e8ebdb810c6a7cbaf657932b76d0ea28a2dbb1951599735a6f0d3fdba8ca3c13',
+        size=3159604,
+        licence='apache-2.0',
+    ),
+    Weight(
+        name='favit_small64.fashion_mnist',
+        data='Fashion-MNIST',
+        metric='top1',
+        value=85.35,
+        sha256='00d32f2cc7a72510174d7e8fb85d80f664ba19a3298a653227331a159c69f8b2',
+        size=3153316,
+        licence='apache-2.0',
+    ),
+)
 
 
 def families() -> Tuple[Family, ...]:
