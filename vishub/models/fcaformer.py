@@ -131,6 +131,17 @@ def cross_grid(resolution: Tuple[int, int]) -> Tuple[int, int]:
     return math.ceil(resolution[0] / 4), math.ceil(resolution[1] / 4)
 
 
+@torch.fx.wrap
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    """Softmax attention of q (B, heads, N, d) to k and v (B, heads, M, d) with a bias (1, heads, N, M)."""
+    # Once a gradient of the whole model was not finite in bfloat16 on the CPU. The fused kernel's backward is suspected,
+    # not proven: training there uses plain products.
+    if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == 'cpu':
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
+        return F.dropout(weights.softmax(-1), dropout_p) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
+
+
 class Stem(nn.Module):
     """Two convolutions with stride 2, (B, in_chans, H, W) -> (B, dim, H / 4, W / 4)."""
 
@@ -319,11 +330,7 @@ class FcaAttention(nn.Module):
         bias = bias.to(q.dtype)
 
         if self.fused_attn:
-            x = F.scaled_dot_product_attention(
-                q, k, v,
-                attn_mask=bias,
-                dropout_p=self.attn_drop.p if self.training else 0.,
-            )
+            x = attend(q, k, v, bias, self.attn_drop.p if self.training else 0.)
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1) + bias
             attn = self.attn_drop(attn.softmax(dim=-1))
