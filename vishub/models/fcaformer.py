@@ -134,7 +134,7 @@ def cross_grid(resolution: Tuple[int, int]) -> Tuple[int, int]:
 @torch.fx.wrap
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """Softmax attention of q (B, heads, N, d) to k and v (B, heads, M, d) with a bias (1, heads, N, M)."""
-    # Once a gradient of the whole model was not finite in bfloat16 on the CPU. The fused kernel's backward is a suspect,
+    # Once a gradient was not finite in bfloat16 on the CPU. The fused kernel's backward is suspected,
     # not proven: training there uses plain products.
     if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == 'cpu':
         weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
