@@ -289,7 +289,9 @@ def test_gradients_with_and_without_checkpointing(family):
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_bfloat16(family):
-    model = built(family).train()
+    # a model of its own: a shared one would bring the gradients and the state that other tests left in it
+    model = copy.deepcopy(built(family)).train()
+    model.zero_grad()
     x = make_input(smallest(family))
     with torch.autocast('cpu', torch.bfloat16):
         output = model(x)
