@@ -200,6 +200,15 @@ _FAMILIES = (
         code_licence='no licence file',
         notes='ICCV 2023. No official weights.',
     ),
+    Family(
+        name='vit',
+        task='classification',
+        title='An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale',
+        arxiv='2010.11929',
+        repository='google-research/vision_transformer',
+        code_licence='Apache-2.0',
+        notes="timm's own VisionTransformer in small sizes of ours: the ground for token reduction and pruning.",
+    ),
 )
 
 _ARCHITECTURES = (
@@ -224,6 +233,8 @@ _ARCHITECTURES = (
     Architecture('nvit_distilled_patch16_224', 'nvit', (3, 224, 224)),
     Architecture('revit_small_distilled_patch16_224', 'nvit', (3, 224, 224)),
     Architecture('revit_tiny_distilled_patch16_224', 'nvit', (3, 224, 224)),
+    Architecture('vit_mini_patch2_28', 'vit', (3, 28, 28)),
+    Architecture('vit_mini_patch2_32', 'vit', (3, 32, 32)),
 )
 
 # name, data, metric, value, sha256, size, licence

@@ -4,4 +4,5 @@ from vishub.models import (
     fcaformer,  # noqa: F401
     fmvit,  # noqa: F401
     nvit,  # noqa: F401
+    vit,  # noqa: F401
 )
