@@ -12,7 +12,7 @@ from vishub.errors import InputError
 from vishub.tokens.backbones import Backbone, backbone_of
 from vishub.tokens.method import Counts, Layout, Method, find_method, number, whole
 
-__all__ = ['Macs', 'macs', 'schedule']
+__all__ = ['Macs', 'counter', 'macs', 'schedule']
 
 
 class Macs(NamedTuple):
@@ -127,6 +127,23 @@ def macs(model: nn.Module, input_size: Union[int, Sequence[int], None] = None) -
     return Macs(total, per_block, list(counts) if place == 'mid' else entering, list(counts), overhead)
 
 
+def counter(model: nn.Module, place: str) -> Tuple[Layout, Callable[[Sequence[int]], int]]:
+    """The model's layout, and a function from tokens behind every block to its multiply-accumulates without overhead.
+
+    Args:
+        model: As for `apply`.
+        place: `mid` or `end`, where in a block its tokens become fewer.
+    """
+    _, backbone, layout = _of(model)
+    prices = _prices(model, backbone)
+    stem = _stem(model, layout.tokens - layout.prefix)
+
+    def cost(counts: Sequence[int]) -> int:
+        return stem + sum(_blocks(prices, layout.tokens, counts, place)) + _head(model, counts[-1])
+
+    return layout, cost
+
+
 def schedule(
         model: nn.Module,
         method: str,
@@ -152,7 +169,7 @@ def schedule(
         InputError: If the budget is out of range or cannot be met; the message names what can.
     """
     cls = find_method(method)
-    _, backbone, layout = _of(model)
+    layout, cost = counter(model, cls.place)
     if (macs is None) == (tokens_after is None):
         raise InputError('schedule: give either macs=share or tokens_after=tokens behind the last block')
     for name in ('tokens_after', 'keep', 'r'):
@@ -161,12 +178,6 @@ def schedule(
     layers = sorted(set(cls.default_layers(layout.depth) if layers is None else layers))
     for layer in layers:
         whole(layer, 'a block index in layers', 0, layout.depth - 1)
-    prices = _prices(model, backbone)
-
-    def cost(counts: Sequence[int]) -> int:
-        blocks = _blocks(prices, layout.tokens, counts, cls.place)
-        return _stem(model, layout.tokens - layout.prefix) + sum(blocks) + _head(model, counts[-1])
-
     full = cost([layout.tokens] * layout.depth)
     if macs is not None:
         limit, measure = number(macs, 'macs', 0, 1, above=True) * full, cost

@@ -5,7 +5,7 @@ every forward, so that one model serves many threads.
 """
 import difflib
 import math
-from typing import Any, ClassVar, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Tuple, Type
+from typing import Any, ClassVar, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import nn
@@ -164,12 +164,14 @@ class Method:
         merges: Tokens stand for several input tokens: sizes are kept, average pooling weights by them.
         options: Names and defaults of the settings beside the counts. `prop_attn` among them adds log(size) to the
             logits of every key.
+        choices: Options that `search` may change, and the values it tries.
     """
     name: ClassVar[str] = ''
     needs: FrozenSet[str] = frozenset()
     place: ClassVar[str] = 'end'
     merges: ClassVar[bool] = False
     options: ClassVar[Dict[str, Any]] = {}
+    choices: ClassVar[Dict[str, Sequence[Any]]] = {}
     count_options: ClassVar[Tuple[str, ...]] = ('tokens_after', 'keep')
 
     prop_attn: bool = False

@@ -34,6 +34,9 @@ class TokenTransforming(Method):
     place = 'mid'
     merges = True
     options = dict(tau=0.1, targets=4, prop_attn=True, anchors='class')
+    # Not anchors='mean': its attention matrix costs time that the budget does not count.
+    choices = dict(tau=(0., 0.05, 0.1, 0.2, 0.5), targets=(1, 2, 4, 8, 16), prop_attn=(True, False),
+                   anchors=('class', 'norm'))
 
     @classmethod
     def default_layers(cls, depth: int) -> List[int]:

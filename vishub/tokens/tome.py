@@ -53,6 +53,7 @@ class ToMe(Method):
     place = 'mid'
     merges = True
     options = {'prop_attn': True}
+    choices = {'prop_attn': (True, False)}
     count_options = ('r',)
 
     @classmethod

@@ -62,6 +62,8 @@ class ZeroTPrune(Method):
     needs = frozenset({'probs'})
     options = dict(similar=None, share=0.5, votes=None, boost=True, vmin=0.01, vmax=0.7, eir=True,
                    partition='sequential-u', feature='key', metric='cosine')
+    choices = dict(share=(0., 0.25, 0.5, 0.75, 1.), votes=(None, 1, 5), boost=(True, False), vmax=(0.7, None),
+                   partition=('sequential-u', 'sequential-i', 'alternate'), feature=('key', 'value', 'x'))
 
     @classmethod
     def expand(cls, config: Dict[str, Any]) -> Dict[str, Any]:

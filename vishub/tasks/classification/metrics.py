@@ -5,7 +5,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from vishub.tasks.classification.data import ImageData, ImageSet, Indices
 from vishub.tasks.classification.pipeline import ClassificationPipeline
 
 __all__ = [
-    'CORRUPTIONS', 'SEVERITIES', 'class_report', 'classification_metrics', 'corrupt', 'evaluate', 'measure',
-    'plot_confusion', 'plot_robustness', 'predict_logits', 'robustness', 'save_evaluation', 'update_card',
-    'weights_folder', 'wilson_interval',
+    'CORRUPTIONS', 'SEVERITIES', 'class_order', 'class_report', 'classification_metrics', 'corrupt', 'evaluate',
+    'measure', 'model_input', 'new_figure', 'plot_confusion', 'plot_robustness', 'predict_logits', 'robustness',
+    'save_evaluation', 'update_card', 'weights_folder', 'wilson_interval',
 ]
 
 SEVERITIES = (0, 1, 2, 3, 4, 5)
@@ -231,15 +231,19 @@ def robustness(
 
 # -- models by name ---------------------------------------------------------------------------------------------------
 
+def model_input(pipe: ClassificationPipeline, pictures: Iterable[np.ndarray]) -> torch.Tensor:
+    """uint8 pictures `(H, W, C)` of 1 or 3 channels -> what the pipeline's model gets, `(B, C, H, W)` on the CPU."""
+    mode = 'L' if pipe.input_size[0] == 1 else 'RGB'
+    return torch.stack([
+        pipe.transform(Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p).convert(mode)) for p in pictures])
+
+
 def _logits(pipe: ClassificationPipeline, images: ImageSet, classes: Sequence[str], **options: Any) -> torch.Tensor:
     """Logits `(N, K)` of the pipeline's model, in the order of `classes`."""
-    order = _class_order(pipe, classes)
-    mode = 'L' if pipe.input_size[0] == 1 else 'RGB'
+    order = class_order(pipe, classes)
 
     def prepare(batch: Iterator[torch.Tensor]) -> torch.Tensor:
-        pictures = (image.numpy().transpose(1, 2, 0) for image in batch)  # H, W, C
-        return torch.stack([
-            pipe.transform(Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p).convert(mode)) for p in pictures])
+        return model_input(pipe, (image.numpy().transpose(1, 2, 0) for image in batch))
 
     logits = predict_logits(pipe.model, images, prepare, device=pipe.device, **options)
     if not logits.isfinite().all():
@@ -247,7 +251,7 @@ def _logits(pipe: ClassificationPipeline, images: ImageSet, classes: Sequence[st
     return logits[:, order]
 
 
-def _class_order(pipe: ClassificationPipeline, classes: Sequence[str]) -> List[int]:
+def class_order(pipe: ClassificationPipeline, classes: Sequence[str]) -> List[int]:
     """The model's output index of each class: by name, or by place where the model names none of them."""
     if pipe.num_classes != len(classes):
         raise InputError(f"'{pipe.name}' tells {pipe.num_classes} classes apart, the data have {len(classes)}")
@@ -343,7 +347,7 @@ def evaluate(
     for model in models:
         folder = weights_folder(model)
         pipe = ClassificationPipeline(f'local-dir:{folder}' if folder else model, device)
-        _class_order(pipe, data.classes)  # fails before anything is measured
+        class_order(pipe, data.classes)  # fails before anything is measured
         name = _display_name(model, folder, is_peer=bool(pipes))
         if name in pipes:
             raise InputError(f"two models are called '{name}': rename the folder of one")
@@ -452,7 +456,7 @@ def plot_robustness(measured: Mapping[str, Any], path: Union[str, Path]) -> None
         measured: `{'severities': [0, …], 'models': {name: {corruption: [one number a severity]}}, …}`.
         path: Picture file; its suffix tells the format.
     """
-    figure = _figure(12, 3.4)
+    figure = new_figure(12, 3.4)
     kinds = list(next(iter(measured['models'].values())))
     axes = figure.subplots(1, len(kinds), sharey=True)
     for axis, kind in zip(axes, kinds):
@@ -477,7 +481,7 @@ def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
     counts = np.asarray(confusion)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = min(4 + 0.35 * len(classes), 20)
-    figure = _figure(side, side)
+    figure = new_figure(side, side)
     axis = figure.subplots()
     axis.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     axis.set(xlabel='predicted', ylabel='true')
@@ -491,7 +495,7 @@ def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
         figure.savefig(temporary, dpi=120)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure in inches that needs no display."""
     import_extra('matplotlib', 'train')
     from matplotlib.backends.backend_agg import FigureCanvasAgg
