@@ -173,6 +173,78 @@ def train_classification(
         typer.echo(f'weights and figures: {result.folder}')
 
 
+@app.command('prune')
+def prune_command(
+        model: str = typer.Argument(help='A trained ViT or DeiT: a name with weights, or local-dir:FOLDER.'),
+        data: Path = typer.Option(..., help='Image folder, CIFAR-10 or Fashion-MNIST folder, packed CIFAR-10 (.npz).'),
+        output: Path = typer.Option(..., help='Folder in which nvit.TAG, the pruned weights, is made.'),
+        target_latency: Optional[float] = typer.Option(None, help="Share of the blocks' time on this device, 0 to 1."),
+        target_flops: Optional[float] = typer.Option(None, help='Multiply-accumulates: a share, 0 to 1, or a number.'),
+        target_params: Optional[float] = typer.Option(None, help='Parameters: a share, 0 to 1, or a number.'),
+        interval: int = typer.Option(20, help='Batches between two pruning steps.'),
+        groups_per_step: Optional[int] = typer.Option(None, help='Groups of units a step; 1 % of all by default.'),
+        prune_lr: float = typer.Option(1e-4, help='Learning rate while pruning; 0 leaves the weights as they are.'),
+        latency_weight: float = typer.Option(5e-4, help='Weight of what a unit costs against what it is worth.'),
+        epochs: int = typer.Option(5, help='Epochs of fine-tuning; 0 for none.'),
+        lr: float = typer.Option(5e-4, help='Peak learning rate of the fine-tuning.'),
+        batch_size: int = typer.Option(128, help='Images a step.'),
+        labels_only: bool = typer.Option(
+            False, '--labels-only', help="Train on the labels alone, without the unpruned model's answers."),
+        teacher: Optional[str] = typer.Option(
+            None, help='A classifier of the same classes, whose top answers teach (the distillation head) too.'),
+        augmentation: str = typer.Option('light', help='none, light, medium or heavy.'),
+        amp: str = typer.Option('no', help='Of the fine-tuning: no, bf16 or fp16.'),
+        tag: Optional[str] = typer.Option(None, help='Tag of the weights; the name of the data by default.'),
+        seed: int = typer.Option(0, help='Seed of all randomness.'),
+        device: Optional[str] = typer.Option(None, help='cpu, cuda or mps; the best one here by default.'),
+        as_json: bool = typer.Option(False, '--json', help='Print the report as JSON and nothing else on stdout.'),
+        progress: bool = typer.Option(True, help='Show progress bars.'),
+) -> None:
+    """Prune a trained vision transformer to a target, fine-tune it, and measure it before and after.
+
+    Give one target. Writes OUTPUT/nvit.TAG/: weights that timm loads by local-dir:, model card, pruning.json,
+    pruning.png (what is left of each block). The method is NViT's (arXiv 2110.04869).
+    """
+    import shlex
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from vishub.pruning.classifier import ClassifierPruning, prune_classifier
+
+    options = ClassifierPruning(
+        target_latency=target_latency, target_flops=target_flops, target_params=target_params, interval=interval,
+        groups_per_step=groups_per_step, latency_weight=latency_weight, prune_lr=prune_lr, epochs=epochs, lr=lr,
+        batch_size=batch_size, labels_only=labels_only, teacher=teacher, augmentation=augmentation, amp=amp, tag=tag,
+        seed=seed, device=device, command='vishub ' + shlex.join(sys.argv[1:]))
+    columns = (TextColumn('{task.description}'), BarColumn(bar_width=20), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bars:
+        bar = bars.add_task('reading', total=None)
+
+        def tell(what: str, share: float) -> None:
+            if what == 'fine-tuning':  # has a bar of its own
+                bars.stop()
+            else:
+                bars.start()
+            bars.update(bar, description=what, completed=share, total=1)
+
+        result = prune_classifier(model, data, output, options, progress=tell, show_training=progress)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+        return
+    report = result.report
+    typer.echo(report.table())
+    accuracy = report.accuracy
+    for name, (before, after), unit in (
+            ('MACs', report.macs, ''), ('parameters', report.params, ''),
+            ('a batch', [1000 * seconds for seconds in report.seconds], ' ms')):
+        figures = (f'{value:,.2f}' if unit else f'{value:,}' for value in (before, after))
+        typer.echo(f'{name}: {" → ".join(figures)}{unit} ({after / before:.3f})')
+    typer.echo(
+        f'top-1 on the {result.split}: {accuracy["original"]:.2f} % before, {accuracy["dense"]:.2f} % pruned, '
+        f'{accuracy["stored"]:.2f} % fine-tuned')
+    typer.echo(f'weights and figures: {result.folder}')
+
+
 @app.command('evaluate')
 def evaluate_command(
         model: str = typer.Argument(help='Name, e.g. favit_b2.cifar10, or folder of weights.'),
@@ -246,6 +318,78 @@ def _robustness_table(measured: Dict[str, Any]) -> Table:
         for kind, values in kinds.items():
             table.add_row(name, kind, *(f'{value:.1f}' for value in values))
     return table
+
+
+tokens_app = typer.Typer(no_args_is_help=True, help='Make vision transformers faster by giving them fewer tokens.')
+app.add_typer(tokens_app, name='tokens')
+
+
+@tokens_app.command('compare')
+def tokens_compare(
+        model: str = typer.Argument(help='Model with weights: a name of timm, vishub/NAME, or local-dir:FOLDER.'),
+        data: Path = typer.Option(..., help='Image folder, CIFAR-10 or Fashion-MNIST folder, packed CIFAR-10 (.npz).'),
+        methods: Optional[str] = typer.Option(
+            None, help='Methods with commas between, as in tome,random; all that need no training by default.'),
+        target: Optional[float] = typer.Option(None, help="Share of the model's multiply-accumulates; 0.65 by default."),
+        targets: Optional[str] = typer.Option(None, help='Several shares for the plot, as in 1.0,0.8,0.65,0.5,0.35.'),
+        search: int = typer.Option(
+            0, min=0, help="Also search each method's schedule and options on training images with so many trials."),
+        split: Optional[str] = typer.Option(None, help='test, val or all; the test split by default, else val.'),
+        limit: Optional[int] = typer.Option(None, help='At most so many images, evenly spread.'),
+        output: Optional[Path] = typer.Option(None, help='Folder for tokens_accuracy_DATA.md, .json and .png.'),
+        as_json: bool = typer.Option(False, '--json', help='Print the report as JSON and nothing else on stdout.'),
+        batch_size: int = typer.Option(64, help='Images a forward pass.'),
+        rounds: int = typer.Option(7, help='Timed rounds; 0 measures no speed.'),
+        seed: int = typer.Option(0, help='Seed of random methods and the search.'),
+        device: Optional[str] = typer.Option(None, help='cpu, cuda, cuda:1 or mps; the best one here by default.'),
+) -> None:
+    """Compare token reduction methods at equal multiply-accumulates: accuracy, latency and throughput."""
+    import shlex
+
+    from rich.progress import Progress
+
+    from vishub.errors import InputError, import_extra
+    from vishub.tasks.classification.data import load_data
+    from vishub.tokens.compare import compare, comparison_cells, save_comparison
+    from vishub.tokens.method import find_method
+    from vishub.training.loop import rehearse
+
+    chosen = None if methods is None else [name.strip() for name in methods.split(',') if name.strip()]
+    for name in chosen or ():
+        find_method(name)  # before data are read
+    try:
+        shares = [float(share) for share in (targets or '').split(',') if share.strip()]
+    except ValueError as error:
+        raise InputError(f"--targets is '{targets}'; give shares in (0, 1] with commas between, as 0.8,0.5") from error
+    if target is not None or not shares:
+        shares.append(0.65 if target is None else target)
+    if output is not None:
+        import_extra('matplotlib', 'train')  # for the plot, hours before it is drawn
+        rehearse(output)
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task('reading', total=None)
+        report = compare(
+            model, load_data(data), methods=chosen, targets=shares, split=split, limit=limit, batch_size=batch_size,
+            rounds=rounds, search_trials=search, device=device, seed=seed,
+            progress=lambda what, done, total: bars.update(bar, description=what, completed=done, total=total))
+    if output is not None:
+        save_comparison(report, output, 'vishub ' + shlex.join(sys.argv[1:]))
+    if as_json:
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    typer.echo(f'{report["model"]} on {report["data"]}, {report["split"]}, {report["num_images"]:,} images')
+    head, body = comparison_cells(report)
+    table = Table(box=None, header_style='bold', pad_edge=False)
+    for column in head:
+        table.add_column(column, overflow='fold', justify='left' if column == 'Method' else 'right')
+    for row, cells in zip(report['rows'], body):
+        table.add_row(*cells, style='bold' if row['method'] == 'none' else None)
+    # into a file as wide as the table wants
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200).print(table)
+    for note in report['notes']:
+        typer.echo(note)
+    if output is not None:
+        typer.echo(f'written: {output}')
 
 
 @app.command('demo')

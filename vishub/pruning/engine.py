@@ -63,6 +63,8 @@ class Pruner:
         latency_weight: Weight of the reward, for costs as a share of the unpruned model's (the official 5e-4 per
             second on a model of about 1 s is about 5e-4 here). 0 ranks by saliency alone.
         schedule: `interval` and `max_epochs` are for the caller, the rest is used here.
+        saliency: What a unit is worth, (units of the model) -> {(kind, block): value per unit}; by default the
+            Hessian-aware one. Peers are measured with others.
 
     Raises:
         ValueError: If `latency_weight` is negative.
@@ -74,6 +76,7 @@ class Pruner:
             cost: BlockCost,
             latency_weight: float = 5e-4,
             schedule: Optional[Schedule] = None,
+            saliency: Callable[[Structure], Dict[Key, torch.Tensor]] = Structure.saliency,
     ) -> None:
         if latency_weight < 0:
             raise ValueError(f'prune: latency_weight must not be negative (got {latency_weight})')
@@ -82,6 +85,7 @@ class Pruner:
         self.original_cost = sum(block_costs(cost, model.dims))
         self.latency_weight = latency_weight
         self.schedule = schedule or Schedule()
+        self.saliency = saliency
         self.steps_done = 0
         self._sum: Dict[Key, torch.Tensor] = {}
         self._batches = 0
@@ -94,8 +98,8 @@ class Pruner:
         return sum(block_costs(self.cost, self.structure.dims)) / self.original_cost
 
     def accumulate(self) -> None:
-        """Add the saliency of the gradients now in place."""
-        for key, value in self.structure.saliency().items():
+        """Add the saliency of the weights and gradients now in place."""
+        for key, value in self.saliency(self.structure).items():
             self._sum[key] = self._sum[key] + value if key in self._sum else value
         self._batches += 1
 

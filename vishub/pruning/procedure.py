@@ -20,7 +20,7 @@ from vishub.pruning.cost import (
 from vishub.pruning.distillation import head_logits, label_loss, mean_logits, soft_kl
 from vishub.pruning.engine import GROUP_SIZES, Pruner, Schedule, smallest_dims
 from vishub.pruning.report import PruningReport
-from vishub.pruning.structure import BLOCK_KINDS, as_nvit, nvit_args
+from vishub.pruning.structure import BLOCK_KINDS, Key, Structure, as_nvit, nvit_args
 
 __all__ = ['Pruned', 'prune', 'save']
 
@@ -140,6 +140,8 @@ def prune(
         cnn_teacher: Optional[nn.Module] = None,
         eval_loader: Optional[Iterable[Any]] = None,
         log: Optional[Callable[[str], None]] = None,
+        progress: Optional[Callable[[int, float], None]] = None,
+        saliency: Optional[Callable[[Structure], Dict[Key, torch.Tensor]]] = None,
 ) -> Pruned:
     """Prune a trained timm ViT/DeiT or NViT to a target, training it meanwhile (NViT, section "Inference procedure").
 
@@ -163,6 +165,8 @@ def prune(
         cnn_teacher: A model of images -> logits, whose top answers teach the distillation head.
         eval_loader: What accuracies are measured on; by default the first ten batches of `loader`.
         log: Told a sentence at every pruning step, e.g. `print`.
+        progress: Called after every batch with (batches done, the target's cost now as a share of the original).
+        saliency: See `Pruner`; None for the Hessian-aware one.
 
     Returns:
         The smaller dense model in eval mode (a `vishub.models.nvit.NViT`) and the report.
@@ -176,7 +180,7 @@ def prune(
     pruned = as_nvit(model).requires_grad_(True)
     _check_groups(pruned)
     target = _target(pruned, target_latency, target_flops, target_params, latency_table, latency_batch_size)
-    pruner = Pruner(pruned, target.cost, latency_weight, schedule)
+    pruner = Pruner(pruned, target.cost, latency_weight, schedule, saliency or Structure.saliency)
     cnn_teacher = cnn_teacher.eval() if cnn_teacher is not None else None
     optimizer = torch.optim.AdamW(pruned.parameters(), lr=lr, weight_decay=weight_decay) if lr > 0 else None
 
@@ -193,6 +197,7 @@ def prune(
     pruned.train()
     history: List[Dict[str, Any]] = []
     batch_number = 0
+    share = 1.
     done = False
     for _ in range(schedule.max_epochs):
         before = batch_number
@@ -216,6 +221,8 @@ def prune(
                     log(f'step {pruner.steps_done}: loss {loss.item():.4f}, {target.name} {share:.3f} of the original')
                 done = target.reached(dims)
             batch_number += 1
+            if progress is not None:
+                progress(batch_number, share)
             if done:
                 break
         if done:
