@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vishub import pruning, tokens
     from vishub.catalog import UnknownNameError
     from vishub.errors import InputError, MissingExtraError, WeightsNotFoundError
+    from vishub.hub.publish import publish
     from vishub.models.namespace import create_model, list_models
     from vishub.tasks import pipeline
 
@@ -22,7 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     'InputError', 'MissingExtraError', 'UnknownNameError', 'WeightsNotFoundError',
-    'create_model', 'list_models', 'pipeline', 'pruning', 'tokens',
+    'create_model', 'list_models', 'pipeline', 'pruning', 'publish', 'tokens',
 ]
 
 _namespace.install()
@@ -39,6 +40,7 @@ _PUBLIC = {
     'create_model': 'vishub.models.namespace',
     'list_models': 'vishub.models.namespace',
     'pipeline': 'vishub.tasks',
+    'publish': 'vishub.hub.publish',
 }
 
 

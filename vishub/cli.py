@@ -64,10 +64,14 @@ def list_command(
 
 @app.command('info')
 def info_command(
-        model: str = typer.Argument(help='A model, e.g. favit_b2, or weights, e.g. favit_b2.cifar10.'),
+        model: str = typer.Argument(
+            help='A model, e.g. favit_b2, weights, e.g. favit_b2.cifar10, or a Hub repository, hf-hub:ORG/NAME[@REV].'),
         as_json: bool = typer.Option(False, '--json', help='Print a JSON object.'),
 ) -> None:
     """Show one model: size, multiply-accumulates, input, paper, licence, and its weights with their figures."""
+    if model.startswith('hf-hub:'):
+        _show_repository(model, as_json)
+        return
     from vishub.listing import figure, model_info
 
     info = model_info(model)
@@ -98,6 +102,34 @@ def info_command(
         facts.add_row(weight['name'], '\n'.join(lines))
     if not info['weights']:
         facts.add_row('Weights', 'none')
+    Console(highlight=False, markup=False).print(facts)
+
+
+def _show_repository(hub_id: str, as_json: bool) -> None:
+    from vishub.hub.download import repository_info
+
+    info = repository_info(hub_id)
+    if as_json:
+        typer.echo(json.dumps(info, indent=2))
+        return
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style='bold', no_wrap=True)
+    facts.add_column(overflow='fold')
+    figures = {key: value for key, value in (info['metrics'] or {}).items() if isinstance(value, (int, float))}
+    for name, value in (
+            ('Repository', f'{info["repository"]} ({"private" if info["private"] else "public"})'),
+            ('Commit', f'{info["revision"]}, {info["last_modified"] or "date unknown"}'),
+            ('Model', info['architecture']),
+            ('Input', info['input'] and 'x'.join(map(str, info['input']))),
+            ('Classes', info['num_classes']),
+            ('Parameters', info['num_params'] and f'{info["num_params"]:,}'),
+            ('Licence', info['licence']),
+            ('Data', info['data']),
+            ('Figures', ', '.join(f'{key} {value:g}' for key, value in figures.items())),
+            ('SHA-256', info['sha256']),
+            ('Files', '\n'.join(f'{path} {size:,} bytes' for path, size in info['files'].items())),
+    ):
+        facts.add_row(name, str(value) if value else '–')
     Console(highlight=False, markup=False).print(facts)
 
 
@@ -167,6 +199,8 @@ def train_classification(
         label_smoothing=label_smoothing, mixup=mixup, cutmix=cutmix, mix_prob=mix_prob, validate_on=validate_on,
         in_chans=in_chans, check=check, seed=seed, tag=tag, command='vishub ' + shlex.join(sys.argv[1:]))
     result = train(recipe, config)
+    if os.environ.get('RANK', '0') != '0':  # one of many processes: the main one speaks
+        return
     if not result.finished:
         typer.echo(f'stopped at step {result.step}; the same command continues from {result.checkpoint}')
     else:
@@ -456,6 +490,59 @@ def predict(
         typer.echo(json.dumps([result.to_dict() for result in results], indent=2, ensure_ascii=False))
     if failed:
         raise typer.Exit(1 if results else 2)
+
+
+@app.command('publish')
+def publish_command(
+        folder: Optional[Path] = typer.Argument(None, metavar='[DIR]', help='A weights folder.'),
+        repo: Optional[str] = typer.Option(None, metavar='ORG/NAME', help='Hub repository; made if it is not there.'),
+        everything: bool = typer.Option(False, '--all', help='Publish every folder of weights/, and the demo Space.'),
+        org: str = typer.Option('vishub', help='With --all: organisation or user to publish to.'),
+        private: bool = typer.Option(False, '--private', help='Make the repository a private one.'),
+        revision: Optional[str] = typer.Option(None, help='Branch to commit to; main by default.'),
+        dry_run: bool = typer.Option(False, '--dry-run', help='Check everything and say what would be sent.'),
+        as_json: bool = typer.Option(False, '--json', help='Print a JSON list and nothing else on stdout.'),
+) -> None:
+    """Publish weights to the Hugging Face Hub, with a model card; only what is new or different is sent.
+
+    Needs a token that may write (HF_TOKEN, or `hf auth login`); HF_ENDPOINT names another Hub. After a kill, the same
+    command goes on.
+    """
+    from vishub.errors import InputError
+    from vishub.hub.publish import publish, publish_all
+
+    if everything and (folder or repo or revision):
+        raise InputError('--all publishes every folder of weights/ to --org: leave DIR, --repo and --revision out')
+    if not everything and not (folder and repo):
+        raise InputError('say what to publish where: vishub publish DIR --repo ORG/NAME, or vishub publish --all')
+    done = publish_all(org, private=private, dry_run=dry_run) if everything else (
+        publish(path, repo, private=private, revision=revision, dry_run=dry_run) for path in [folder])
+    results = []
+    for result in done:
+        results.append(result.to_dict())
+        if as_json:
+            continue
+        what = 'would send' if dry_run else 'sent'
+        typer.echo(
+            f'{result.url}: {what} {len(result.uploaded)} files, {result.size / 1e6:.1f} MB; '
+            f'{len(result.unchanged)} unchanged{"" if result.compared else " (the Hub was not asked)"}')
+        if dry_run:
+            for path in result.uploaded:
+                typer.echo(f'  {path}')
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+
+
+@app.command('download')
+def download_command(
+        name: str = typer.Argument(help='Weights, e.g. favit_b2.cifar10, or a Hub repository, hf-hub:ORG/NAME[@REV].'),
+        output: Optional[Path] = typer.Option(
+            None, help='Folder in which the folder of weights is made; the Hub cache by default.'),
+) -> None:
+    """Fetch weights with card and figures, verify them, and print the folder they lie in."""
+    from vishub.hub.download import download
+
+    typer.echo(download(name, output))
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:

@@ -118,9 +118,9 @@ def test_card_front_matter_is_what_the_hub_reads(saved):
     assert (data.library_name, data.license, data.pipeline_tag) == ('timm', 'apache-2.0', 'image-classification')
     assert data.datasets == ['cifar10']
     results = {result.metric_type: result for result in data.eval_results}
-    assert results['top1'].metric_value == 12.5
-    assert results['top1'].dataset_name == 'CIFAR-10 (JPEG)'
-    assert results['top1'].dataset_split == 'official test split'
+    assert results['accuracy'].metric_value == 12.5
+    assert results['accuracy'].dataset_name == 'CIFAR-10 (JPEG)'
+    assert results['accuracy'].dataset_split == 'official test split'
 
 
 def test_card_states_the_facts(saved):

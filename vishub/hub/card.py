@@ -18,16 +18,26 @@ _PIPELINE_TAGS = {
     'volume_segmentation': 'image-segmentation',
     'slide_analysis': 'image-classification',
 }
+# our metric -> the Hub's name for it, where it has one
+_METRIC_TYPES = {'top1': 'accuracy'}
+# our data set -> its name on the Hub
+_HUB_DATASETS = {'CIFAR-10 (JPEG)': 'uoft-cs/cifar10', 'Fashion-MNIST': 'zalando-datasets/fashion_mnist'}
 _METRIC_TITLES = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'ece': 'Calibration error (0 to 1)'}
 
 
-def model_card(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+def model_card(
+        name: str,
+        config: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        repository: Optional[str] = None,
+) -> str:
     """The text of `README.md`.
 
     Args:
         name: Name of the weights, `<arch>.<tag>`.
         config: The folder's config.json.
         metrics: The folder's metrics.json (layout in `vishub/hub/folder.py`).
+        repository: `ORG/NAME[@revision]` on the Hub that the snippet loads from; None for weights that are local.
     """
     card = metrics.get('card', {})
     family = _family(config['architecture'])
@@ -36,7 +46,7 @@ def model_card(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any])
         f'# {name}\n',
         _what(family, config, metrics, card),
         _results(metrics),
-        _use(name, config),
+        _use(name, config, repository),
         _training(metrics),
         _peers(name, metrics),
         _robustness(metrics, card),
@@ -64,13 +74,15 @@ def _front_matter(
 
     task = _PIPELINE_TAGS[family.task if family else 'classification']
     figures = _figures(metrics)
+    known = _HUB_DATASETS.get(metrics.get('data', ''))
+    datasets = list(card.get('datasets', ())) or ([known] if known else [])
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=next(iter(card.get('datasets', ())), metrics['data']),
+            dataset_type=next(iter(datasets), metrics['data']),
             dataset_name=metrics['data'],
             dataset_split=metrics['split'],
-            metric_type=key,
+            metric_type=_METRIC_TYPES.get(key, key),
             metric_name=_METRIC_TITLES.get(key, key),
             metric_value=value,
         )
@@ -81,8 +93,8 @@ def _front_matter(
         pipeline_tag=task,
         license=card.get('licence', 'apache-2.0'),
         tags=['timm', 'vishub', task],
-        datasets=list(card.get('datasets', ())) or None,
-        metrics=list(figures) or None,
+        datasets=datasets or None,
+        metrics=[_METRIC_TYPES.get(key, key) for key in figures] or None,
         model_name=name,
         eval_results=results or None,
     )
@@ -128,9 +140,9 @@ def _results(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _use(name: str, config: Mapping[str, Any]) -> str:
+def _use(name: str, config: Mapping[str, Any], repository: Optional[str]) -> str:
     registered = name in timm.list_models(config['architecture'], include_tags=True)
-    source = name if registered else f'local-dir:{name}'
+    source = f'hf-hub:{repository}' if repository else name if registered else f'local-dir:{name}'
     channels = config['pretrained_cfg']['input_size'][0]
     shape = ', '.join(str(n) for n in (1, *config['pretrained_cfg']['input_size']))
     label = "model.pretrained_cfg['label_names'][int(best)]" if config.get('label_names') else 'int(best)'

@@ -14,7 +14,7 @@ from vishub import catalog
 from vishub.errors import WeightsNotFoundError
 from vishub.files import sha256
 
-__all__ = ['WEIGHTS_FILE', 'available', 'resolve', 'verify', 'weights_folders', 'what_exists']
+__all__ = ['WEIGHTS_FILE', 'available', 'recorded_checksum', 'resolve', 'verify', 'weights_folders', 'what_exists']
 
 WEIGHTS_FILE = 'model.safetensors'
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -63,11 +63,12 @@ def verify(file: Path, expected: str) -> None:
 
 
 def resolve(name: str, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None) -> PretrainedCfg:
-    """Turn a registered weight into a verified local file.
+    """Turn a registered weight, or that of a name `hf-hub:owner/name[@revision]`, into a verified local file.
 
     Args:
         name: `<arch>.<tag>`, or `<arch>` if the architecture has no weights.
-        cfg: Its registered configuration; `hf_hub_id` says where on the Hub it is (`owner/name[@revision]`).
+        cfg: Its configuration; `hf_hub_id` says where on the Hub it is (`owner/name[@revision]`). If its `source` is
+            `hf-hub`, it is the repository that the user named, and only that one is asked.
         cache_dir: Hub cache to use instead of the default one.
 
     Returns:
@@ -76,11 +77,15 @@ def resolve(name: str, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]
     Raises:
         WeightsNotFoundError: If there are no such weights, they cannot be reached, or a file is damaged.
     """
+    if cfg.source == 'hf-hub' and cfg.hf_hub_id:
+        from vishub.hub.download import fetch_repository
+        # Without its source, timm takes the file.
+        return dataclasses.replace(cfg, source=None, file=str(fetch_repository(cfg.hf_hub_id, cache_dir)))
     expected = next((row.sha256 for row in catalog.weights() if row.name == name), None)
     folder = weights_folders().get(name)
     if folder is not None:
         file = folder / WEIGHTS_FILE
-        verify(file, expected or _recorded_checksum(folder))
+        verify(file, expected or recorded_checksum(folder))
     elif expected is not None and cfg.hf_hub_id:
         from vishub.hub.download import fetch
         file = fetch(name, cfg.hf_hub_id, expected, cache_dir)
@@ -89,7 +94,7 @@ def resolve(name: str, cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]
     return dataclasses.replace(cfg, file=str(file))
 
 
-def _recorded_checksum(folder: Path) -> str:
+def recorded_checksum(folder: Path) -> str:
     """The checksum that `save_folder` noted: all there is for weights that are not in the catalogue yet."""
     try:
         return json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))['sha256']

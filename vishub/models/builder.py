@@ -55,6 +55,9 @@ def build_model(
         RuntimeError: If `pretrained` is true and the architecture has no weights, or none of that name.
     """
     model_args: Dict[str, Any] = {}
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    ask = pretrained and _weight_resolver is not None and not any(
+        overlay.get(key) for key in ('url', 'file', 'state_dict', 'hf_hub_id'))
     if pretrained_cfg is None or isinstance(pretrained_cfg, str):
         cfgs = default_cfgs[variant].cfgs
         tag = pretrained_cfg
@@ -69,11 +72,13 @@ def build_model(
         for key, value in (tag_args or {}).get(name, {}).items():
             kwargs.setdefault(key, value)
             model_args[key] = kwargs[key]
-        overlay = kwargs.get('pretrained_cfg_overlay') or {}
-        has_own_source = any(overlay.get(key) for key in ('url', 'file', 'state_dict', 'hf_hub_id'))
-        if pretrained and not has_own_source and _weight_resolver is not None:
+        if ask:
             cfg = _weight_resolver(name, cfg, kwargs.get('cache_dir'))
         pretrained_cfg = cfg
+    elif ask:
+        cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
+        if cfg.source == 'hf-hub':  # the user named a repository: its file is verified like any other
+            pretrained_cfg = _weight_resolver(variant, cfg, kwargs.get('cache_dir'))
     model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
     # timm adds the caller's own later; saving the model writes them all to its config.json.
     model._model_args = {**model_args, **getattr(model, '_model_args', {})}

@@ -138,6 +138,11 @@ class Pipeline(abc.ABC):
             folder = Path(name.removeprefix('local-dir:'))
             if not (folder / 'config.json').is_file():
                 raise InputError(f"'{folder}' holds no config.json: give local-dir: and the folder of saved weights")
+        if name.startswith('hf-hub:'):
+            from vishub.hub.client import one_sentence, split_hub_id
+            split_hub_id(name)
+            with one_sentence(name):
+                return vishub.create_model(name, pretrained=True)
         if ':' not in name and not name.startswith('vishub/') and timm.is_model(name):
             # Ours too, through the same resolver; but create_model of vishub knows no names of timm's own.
             return timm.create_model(name, pretrained=True)
