@@ -1,4 +1,8 @@
 """FcaFormer against its official outputs, and what is particular to the family."""
+import os
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -425,3 +429,30 @@ def test_no_weights_are_claimed():
     assert not any(cfg.has_weights for default in fcaformer.default_cfgs.values() for cfg in default.cfgs.values())
     with pytest.raises(RuntimeError):
         timm.create_model('fcaformer_l2', pretrained=True)
+
+
+GRADIENT_OF_SMALL_MAPS = '''
+import torch
+from torch.nn.functional import conv2d
+from vishub.models.fcaformer import CrossConv
+
+torch.set_num_threads(1)
+conv = CrossConv(192)
+for height in (1, 2, 3, 4, 9):
+    for width in (1, 2, 3, 4, 9):
+        x = torch.randn(2, 192, height, width).contiguous(memory_format=torch.channels_last)
+        whole = conv2d(x, conv.weight, stride=4, padding=3, groups=192)
+        torch.testing.assert_close(conv(x), whole)
+        gradient = torch.randn_like(whole)
+        expected, = torch.autograd.grad(whole, conv.weight, gradient)
+        with torch.autocast('cpu', torch.bfloat16):
+            found, = torch.autograd.grad(conv(x), conv.weight, gradient.bfloat16())
+        assert (found - expected).abs().max() < 0.05 * expected.abs().max(), (height, width)
+'''
+
+
+def test_cross_tokens_of_small_maps_in_bfloat16():
+    # The C library fills new memory with 0x7f, so that a kernel that reads what nobody wrote gives itself away.
+    env = dict(os.environ, MALLOC_PERTURB_='128')
+    run = subprocess.run([sys.executable, '-c', GRADIENT_OF_SMALL_MAPS], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

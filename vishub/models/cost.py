@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['count_macs', 'count_parameters', 'default_input']
+__all__ = ['count_macs', 'count_parameters', 'default_input', 'module_macs']
 
 
 @functools.cache
@@ -31,7 +31,11 @@ def count_macs(model_name: str) -> int:
     Elementwise work, normalisation and pooling are not counted.
     """
     model = _on_meta(model_name).eval()
-    image = torch.empty(1, *model.pretrained_cfg['input_size'], device='meta')
+    return module_macs(model, torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
+
+
+def module_macs(model: nn.Module, image: torch.Tensor) -> int:
+    """The same count for a model that exists and an input batch of its own, both on any one device."""
     # Only plain attention consists of products that the counter knows on every device.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(image)

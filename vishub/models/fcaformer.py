@@ -134,11 +134,6 @@ def cross_grid(resolution: Tuple[int, int]) -> Tuple[int, int]:
 @torch.fx.wrap
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """Softmax attention of q (B, heads, N, d) to k and v (B, heads, M, d) with a bias (1, heads, N, M)."""
-    # Once a gradient was not finite in bfloat16 on the CPU. The fused kernel's backward is suspected,
-    # not proven: training there uses plain products.
-    if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == 'cpu':
-        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
-        return F.dropout(weights.softmax(-1), dropout_p) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
 
 
@@ -374,6 +369,29 @@ class LocalConv(nn.Module):
         return self.bn(self.conv(x))
 
 
+class CrossConv(nn.Conv2d):
+    """Depthwise 7x7 convolution with stride 4 that condenses a map to cross tokens, (B, C, h, w) -> (B, C, h / 4, w / 4).
+
+    On a side of at most 3 pixels only a part of the kernel meets the map; just that part is used, which gives the same
+    numbers. The whole kernel must not be: for such maps oneDNN's bfloat16 gradient of the weights (channels last, as of
+    torch 2.14) reads memory that nobody wrote.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 7, stride=4, padding=3, groups=dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, w = x.shape[2], x.shape[3]
+        if h > 3 and w > 3:
+            return F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        weight, padding = self.weight, [3, 3]
+        if h <= 3:
+            weight, padding[0] = weight[:, :, 3:3 + h], 0
+        if w <= 3:
+            weight, padding[1] = weight[:, :, :, 3:3 + w], 0
+        return F.conv2d(x, weight, None, self.stride, padding, self.dilation, self.groups)
+
+
 class FcaBlock(nn.Module):
     """Attention with cross tokens, local convolution, MLP.
 
@@ -414,7 +432,7 @@ class FcaBlock(nn.Module):
         self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale_init_value))
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
-        self.cross_conv = nn.Conv2d(dim, dim, 7, stride=4, padding=3, groups=dim, bias=False) if makes_cross else None
+        self.cross_conv = CrossConv(dim) if makes_cross else None
         self.local = LocalConv(dim)
 
         self.norm2 = nn.LayerNorm(dim)

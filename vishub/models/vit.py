@@ -52,6 +52,9 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
         'first_conv': 'patch_embed.proj',
         'classifier': 'head',
         'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2010.11929',
+        'paper_name': 'An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale',
+        'origin_url': 'https://github.com/google-research/vision_transformer',
         **kwargs,
     }
 
