@@ -364,7 +364,7 @@ def tokens_compare(
         data: Path = typer.Option(..., help='Image folder, CIFAR-10 or Fashion-MNIST folder, packed CIFAR-10 (.npz).'),
         methods: Optional[str] = typer.Option(
             None, help='Methods with commas between, as in tome,random; all that need no training by default.'),
-        target: Optional[float] = typer.Option(None, help="Share of the model's multiply-accumulates; 0.65 by default."),
+        target: Optional[float] = typer.Option(None, help="Share of the model's multiply-accumulates [default: 0.65]."),
         targets: Optional[str] = typer.Option(None, help='Several shares for the plot, as in 1.0,0.8,0.65,0.5,0.35.'),
         search: int = typer.Option(
             0, min=0, help="Also search each method's schedule and options on training images with so many trials."),
@@ -424,6 +424,24 @@ def tokens_compare(
         typer.echo(note)
     if output is not None:
         typer.echo(f'written: {output}')
+
+
+@app.command('convert')
+def convert_command(
+        name: str = typer.Argument(help='Family (favit: the shapes tell the variant) or model (favit_b2).'),
+        checkpoint: Path = typer.Argument(help='Official checkpoint: .pth, .pt or .safetensors.'),
+        output: Path = typer.Option(..., help='New folder of weights, e.g. favit_b2.official.'),
+) -> None:
+    """Turn an official checkpoint into a folder of safetensors that timm loads (local-dir:FOLDER).
+
+    The file is read as data: one that would run code is refused.
+    """
+    from vishub.hub.convert import convert
+
+    done = convert(name, checkpoint, output)
+    taken = f' (entry {done.entry})' if done.entry else ''
+    typer.echo(f'{done.architecture}, {done.num_classes} classes{taken}: {done.folder}')
+    typer.echo(f'licence of the weights: {done.licence}')
 
 
 @app.command('demo')

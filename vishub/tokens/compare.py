@@ -1,0 +1,544 @@
+"""All methods at equal multiply-accumulates on real images: accuracy, cost, and measured speed.
+
+Every image is prepared once and shown to all contenders, which share one set of weights. Speeds are taken in rounds in
+which every contender runs once, beginning with another each time, so that other work of the machine slows all alike.
+"""
+import copy
+import json
+import math
+import statistics
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import nn
+
+from vishub.errors import InputError, WeightsNotFoundError
+from vishub.files import atomic_path
+from vishub.tokens.cost import macs
+from vishub.tokens.method import Method, find_method, methods, number, whole
+from vishub.tokens.reduced import apply, config
+from vishub.tokens.search import search
+
+if TYPE_CHECKING:
+    from vishub.tasks.classification.data import ImageData, ImageSet
+    from vishub.tasks.classification.pipeline import ClassificationPipeline
+
+__all__ = ['compare', 'comparison_markdown', 'method_title', 'plot_comparison', 'save_comparison']
+
+# (what is done now, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+
+UNREDUCED = 'none'
+_TITLES = {
+    UNREDUCED: 'Unreduced', 'tome': 'ToMe', 'zero_tprune': 'Zero-TPrune', 'token_transforming': 'Token Transforming',
+    'pyra': 'PYRA', 'class_attention': 'Class attention', 'uniform': 'Uniform', 'random': 'Random',
+}
+_CALIBRATION_IMAGES = 512
+
+
+@dataclass
+class _Contender:
+    """A model in the comparison, and what is counted on the test images."""
+    method: str
+    target: float
+    model: nn.Module
+    searched: bool = False
+    settings: Dict[str, Any] = field(default_factory=dict)
+    hits: int = 0
+    same: int = 0  # images with the unreduced model's first class
+    lost: int = 0  # right unreduced, wrong here
+    won: int = 0  # the other way round
+    single: List[float] = field(default_factory=list)  # seconds a forward at batch 1, one a round
+    batched: List[float] = field(default_factory=list)  # the same at the full batch
+
+
+def compare(
+        model: Union[str, nn.Module],
+        data: 'ImageData',
+        *,
+        methods: Optional[Sequence[str]] = None,
+        targets: Sequence[float] = (0.65,),
+        split: Optional[str] = None,
+        limit: Optional[int] = None,
+        batch_size: int = 64,
+        rounds: int = 7,
+        search_trials: int = 0,
+        device: Optional[str] = None,
+        seed: int = 0,
+        progress: Optional[Progress] = None,
+) -> Dict[str, Any]:
+    """Measure token reduction methods against each other and the unreduced model.
+
+    Args:
+        model: Name with weights (`deit_small_patch16_224`, `vishub/…`, `local-dir:…`), or a module with a
+            `pretrained_cfg`, which is left as it is.
+        data: Labelled images of the model's classes.
+        methods: Names; default all that need no training and can work on this model (what is left out is in `notes`).
+        targets: Shares of the unreduced model's multiply-accumulates, in (0, 1]; 1 is the unreduced model itself.
+        split: `test`, `val` or `all`; default the test split, or the validation split where there is no other.
+        limit: At most so many images, evenly spread over the split; default all.
+        batch_size: Images a forward pass, in measuring accuracy and throughput.
+        rounds: Timed rounds after an untimed one; 0 measures no speed.
+        search_trials: Also search each method's schedule and options (`tokens.search`) on 512 evenly spread training
+            images with so many trials, by agreement with the unreduced model; 0 does not.
+        device: As for `ClassificationPipeline`.
+        seed: Of random methods and the search.
+        progress: Told how far the work is.
+
+    Returns:
+        JSON values: `model`, `num_params`, `data`, `split`, `num_images`, `macs`, `hardware`, `batch_size`, `rounds`,
+        `rows` (the unreduced model first, then by target and accuracy) and `notes` (sentences). A row has `method`,
+        `searched`, `target`, `config`, `macs`, `macs_share`, `overhead`, `overhead_share`, `correct`, `top1`,
+        `top1_ci95` (Wilson), `change` and `change_ci95` (against the unreduced model, paired), `agreement` (per cent
+        of images with its first class), and with `rounds` `latency_ms` (batch 1), `latency_speedup`, `throughput`
+        (images/s) and `throughput_speedup` (medians of the rounds' ratios).
+
+    Raises:
+        InputError: If an argument cannot be used, there are no weights, the data have other classes than the model, or
+            a method named here cannot work on the model or meet a target.
+    """
+    chosen, targets = _check(methods, targets, limit, batch_size, rounds, search_trials)
+    images, split = _images(data, split, limit)
+    pipe = _pipeline(model, device)
+    from vishub.tasks.classification.metrics import class_order
+    order = class_order(pipe, data.classes)
+    base = _own(pipe.model)
+    tell = progress or (lambda *_: None)
+    full = macs(base).total  # refuses models whose tokens cannot be reduced
+
+    contenders = [_Contender(UNREDUCED, 1., base)]
+    notes = _enter(contenders, base, chosen, targets)
+    if search_trials:
+        _enter_searched(contenders, pipe, data, search_trials, batch_size, seed, tell)
+    _measure_accuracy(contenders, pipe, images, order, batch_size, seed, tell)
+    if rounds:
+        _measure_speed(contenders, pipe, images, batch_size, rounds, tell)
+
+    from vishub.tasks.classification.training import describe_hardware
+    rows = [_row(contender, contenders[0], full, len(images), batch_size) for contender in contenders]
+    rows[1:] = sorted(rows[1:], key=lambda row: (-row['target'], -row['top1']))
+    return {
+        'model': pipe.name, 'num_params': pipe.num_params, 'data': data.name, 'data_tag': data.tag, 'split': split,
+        'num_images': len(images), 'macs': full, 'tokens': macs(base).tokens_end[0], 'batch_size': batch_size,
+        'rounds': rounds, 'search_trials': search_trials, 'seed': seed, 'device': str(pipe.device),
+        'hardware': describe_hardware(pipe.device), 'rows': rows, 'notes': notes,
+    }
+
+
+# -- who takes part ---------------------------------------------------------------------------------------------------
+
+def _trains(method: str) -> bool:
+    return find_method(method).attach is not Method.attach
+
+
+def _check(
+        chosen: Optional[Sequence[str]],
+        targets: Sequence[float],
+        limit: Optional[int],
+        batch_size: int,
+        rounds: int,
+        search_trials: int,
+) -> Tuple[Optional[List[str]], List[float]]:
+    """Methods without repetitions, and targets below 1 in falling order."""
+    for method in chosen or ():
+        find_method(method)
+    if chosen is not None and not chosen:
+        raise InputError(f'no method is named; there are: {", ".join(methods())}')
+    for target in targets:
+        if isinstance(target, (int, float)) and 1 < target <= 100:
+            raise InputError(f'the target {target:g} is no share in (0, 1]; for {target:g} % give {target / 100:g}')
+        number(target, 'a target', 0, 1, above=True)
+    if limit is not None:
+        whole(limit, 'limit', 1)
+    whole(batch_size, 'batch_size', 1)
+    whole(rounds, 'rounds')
+    whole(search_trials, 'search_trials')
+    falling = sorted({float(target) for target in targets if target < 1}, reverse=True)
+    return None if chosen is None else list(dict.fromkeys(chosen)), falling
+
+
+def _images(data: 'ImageData', split: Optional[str], limit: Optional[int]) -> Tuple['ImageSet', str]:
+    if split not in (None, 'test', 'val', 'all'):
+        raise InputError(f"split is '{split}'; it is test, val or all")
+    if split is None:
+        split = 'test' if data.test is not None else 'val'
+    if split == 'all' and data.test is not None:
+        raise InputError(f'{data.name} has a test split; split=all is for data without any, such as a folder of '
+                         'held-out images')
+    images = {'test': data.test, 'val': data.val, 'all': data.with_validation_on('none').train}[split]
+    if images is None or not len(images):
+        raise InputError(f'{data.name} has no {split} split')
+    name = {'test': 'test split', 'val': 'validation split', 'all': 'all images'}[split]
+    return _evenly(images, limit), name
+
+
+def _evenly(images: 'ImageSet', most: Optional[int]) -> 'ImageSet':
+    """At most so many, at equal distances: a split may be sorted by class."""
+    if most is None or most >= len(images):
+        return images
+    return images.take([round(i * (len(images) - 1) / max(most - 1, 1)) for i in range(most)])
+
+
+def _pipeline(model: Union[str, nn.Module], device: Optional[str]) -> 'ClassificationPipeline':
+    from vishub.catalog import UnknownNameError
+    from vishub.tasks.classification.pipeline import ClassificationPipeline
+    try:
+        return ClassificationPipeline(model, device)
+    except (InputError, UnknownNameError):
+        raise
+    except WeightsNotFoundError as error:
+        raise InputError(f"'{model}' has no weights to compare with: {error}") from error
+    except (RuntimeError, OSError) as error:  # timm's and the Hub's words for weights that are not there
+        reason = str(error).strip().split('\n')[0]
+        raise InputError(f"'{model}' has no weights here, and accuracy needs trained ones ({reason}); give a name "
+                         'with weights, or local-dir: and a folder of them') from error
+
+
+def _own(model: nn.Module) -> nn.Module:
+    """The unreduced model, sharing weights with `model` but no settings."""
+    if config(model) is not None:
+        raise InputError(f'the model is reduced by {config(model)["method"]} already; tokens.remove(model) comes first')
+    return _sharing(model)
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+
+
+def _enter(
+        contenders: List[_Contender],
+        base: nn.Module,
+        chosen: Optional[List[str]],
+        targets: Sequence[float],
+) -> List[str]:
+    """Add every method at every target; give notes on what is special or missing."""
+    notes = []
+    for method in chosen or sorted(methods(), key=_place):
+        if _trains(method) and chosen is None:
+            notes.append(f'{method_title(method)} is left out: it has parameters that are trained for a task, and '
+                         'these weights have none. Untrained it is ToMe.')
+            continue
+        if _trains(method):
+            notes.append(f'{method_title(method)} is untrained here: it does what ToMe does.')
+        for target in targets:
+            # Parameters of a method are its own, so its copy shares nothing; nor is any update of the weights needed.
+            model = copy.deepcopy(base) if _trains(method) else _sharing(base)
+            settings = {'lora': 0} if _trains(method) else {}
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter('ignore', UserWarning)  # what a method does instead is in its row's config
+                    apply(model, method, macs=target, **settings)
+            except InputError as error:
+                if chosen is not None:
+                    raise
+                notes.append(f'{method_title(method)} at {100 * target:g} % is left out: {error}')
+                continue
+            contenders.append(_Contender(method, target, model, settings=_settings(model)))
+    return notes
+
+
+def _settings(model: nn.Module) -> Dict[str, Any]:
+    return {key: value for key, value in config(model).items() if key != 'method'}
+
+
+def _enter_searched(
+        contenders: List[_Contender],
+        pipe: 'ClassificationPipeline',
+        data: 'ImageData',
+        trials: int,
+        batch_size: int,
+        seed: int,
+        tell: Progress,
+) -> None:
+    """Search beside every contender but the unreduced model and those that cannot be searched."""
+    plain = [contender for contender in contenders[1:] if not _trains(contender.method)]
+    calibration = [
+        batch.to(pipe.device) for batch, _ in _batches(pipe, _evenly(data.train, _CALIBRATION_IMAGES), batch_size)]
+    for done, contender in enumerate(plain):
+        found = search(
+            contenders[0].model, calibration, contender.method, contender.target, trials=trials, seed=seed,
+            max_images=_CALIBRATION_IMAGES,
+            progress=lambda tried, _, done=done: tell('searching', done * trials + tried, len(plain) * trials))
+        model = apply(_sharing(contenders[0].model), **found.config)
+        contenders.append(_Contender(contender.method, contender.target, model, True, _settings(model)))
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+def _batches(
+        pipe: 'ClassificationPipeline',
+        images: 'ImageSet',
+        batch_size: int,
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """Prepared images (B, C, H, W) on the CPU, and their labels (B,)."""
+    from vishub.tasks.classification.metrics import model_input
+    for start in range(0, len(images), batch_size):
+        stop = min(start + batch_size, len(images))
+        yield model_input(pipe, (images[i] for i in range(start, stop))), torch.as_tensor(images.labels[start:stop])
+
+
+@torch.inference_mode()
+def _measure_accuracy(
+        contenders: List[_Contender],
+        pipe: 'ClassificationPipeline',
+        images: 'ImageSet',
+        order: Sequence[int],
+        batch_size: int,
+        seed: int,
+        tell: Progress,
+) -> None:
+    total, done = len(images) * len(contenders), 0
+    tell('measuring accuracy', 0, total)
+    with torch.random.fork_rng([pipe.device] if pipe.device.type == 'cuda' else []):
+        for number_, (batch, labels) in enumerate(_batches(pipe, images, batch_size)):
+            batch, wanted = batch.to(pipe.device), None
+            for contender in contenders:
+                torch.manual_seed(seed + number_)  # a random method draws the same, whoever else takes part
+                logits = contender.model(batch).float()
+                if contender.method == UNREDUCED and not logits.isfinite().all():
+                    raise InputError(f"'{pipe.name}' gave scores that are not finite: its weights are damaged")
+                first = logits[:, order].argmax(dim=1).cpu()
+                wanted = first if wanted is None else wanted  # the unreduced model comes first
+                right, was_right = first == labels, wanted == labels
+                contender.hits += int(right.sum())
+                contender.same += int((first == wanted).sum())
+                contender.lost += int((was_right & ~right).sum())
+                contender.won += int((right & ~was_right).sum())
+                done += len(labels)
+                tell('measuring accuracy', done, total)
+
+
+@torch.inference_mode()
+def _measure_speed(
+        contenders: List[_Contender],
+        pipe: 'ClassificationPipeline',
+        images: 'ImageSet',
+        batch_size: int,
+        rounds: int,
+        tell: Progress,
+) -> None:
+    batch, _ = next(_batches(pipe, images, batch_size))
+    batch = batch.repeat(math.ceil(batch_size / len(batch)), 1, 1, 1)[:batch_size].to(pipe.device)
+    total = (rounds + 1) * len(contenders)
+    for turn in range(rounds + 1):
+        start = turn * max(1, len(contenders) // (rounds + 1)) % len(contenders)
+        for place, contender in enumerate(contenders[start:] + contenders[:start]):
+            for x, seconds in ((batch[:1], contender.single), (batch, contender.batched)):
+                elapsed = _seconds(contender.model, x)
+                if turn:
+                    seconds.append(elapsed)
+            tell('measuring speed', turn * len(contenders) + place + 1, total)
+
+
+def _seconds(model: nn.Module, x: torch.Tensor) -> float:
+    """Wall time of one forward, the device waited for."""
+    def wait() -> None:
+        if x.device.type == 'cuda':
+            torch.cuda.synchronize(x.device)
+        elif x.device.type == 'mps':
+            torch.mps.synchronize()
+
+    wait()
+    start = time.perf_counter()
+    model(x)
+    wait()
+    return time.perf_counter() - start
+
+
+def _row(contender: _Contender, base: _Contender, full: int, num: int, batch_size: int) -> Dict[str, Any]:
+    from vishub.tasks.classification.metrics import wilson_interval
+    count = macs(contender.model)
+    change = (contender.won - contender.lost) / num
+    # Both models saw the same images, so only those that they judge differently make the change uncertain (Wald).
+    spread = 1.959964 * math.sqrt(max(contender.won + contender.lost - num * change ** 2, 0)) / num
+    row = {
+        'method': contender.method, 'searched': contender.searched, 'target': contender.target,
+        'config': contender.settings,
+        'macs': count.total, 'macs_share': count.total / full,
+        'overhead': count.overhead, 'overhead_share': count.overhead / full,
+        'correct': contender.hits, 'top1': 100 * contender.hits / num,
+        'top1_ci95': [100 * bound for bound in wilson_interval(contender.hits, num)],
+        'change': 100 * change, 'change_ci95': [100 * (change - spread), 100 * (change + spread)],
+        'agreement': 100 * contender.same / num,
+    }
+    if contender.single:
+        row.update(
+            latency_ms=1000 * statistics.median(contender.single),
+            latency_speedup=_ratio(base.single, contender.single),
+            throughput=batch_size / statistics.median(contender.batched),
+            throughput_speedup=_ratio(base.batched, contender.batched))
+    return {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median over the rounds of slow / fast."""
+    return statistics.median(a / b for a, b in zip(slow, fast))
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+def method_title(method: str) -> str:
+    """A method's name as its paper writes it."""
+    return _TITLES.get(method, method)
+
+
+def _place(method: str) -> int:
+    return list(_TITLES).index(method) if method in _TITLES else len(_TITLES)
+
+
+def row_title(row: Mapping[str, Any]) -> str:
+    return method_title(row['method']) + (', searched' if row['searched'] else '')
+
+
+def amount(count: float) -> str:
+    """Multiply-accumulates to three digits, e.g. `2.99 G`."""
+    for unit, size in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
+        if count >= size:
+            return f'{count / size:.3g} {unit}'
+    return f'{count:.0f}'
+
+
+def comparison_cells(report: Mapping[str, Any]) -> Tuple[List[str], List[List[str]]]:
+    """Head and cells of the table, for the screen and Markdown alike."""
+    head = ['Method', 'MACs', 'share %', '+ deciding %', 'Top-1 %', '95 % interval', 'change', '95 % interval',
+            'agrees %']
+    if report['rounds']:
+        head += ['ms, batch 1', 'speed-up', f'images/s, batch {report["batch_size"]}', 'speed-up']
+    body = []
+    for row in report['rows']:
+        unreduced = row['method'] == UNREDUCED
+        cells = [
+            row_title(row), amount(row['macs']), f'{100 * row["macs_share"]:.1f}', f'{100 * row["overhead_share"]:.2f}',
+            f'{row["top1"]:.2f}', '{:.2f} to {:.2f}'.format(*row['top1_ci95']),
+            '' if unreduced else f'{row["change"]:+.2f}',
+            '' if unreduced else '{:+.2f} to {:+.2f}'.format(*row['change_ci95']),
+            '' if unreduced else f'{row["agreement"]:.1f}',
+        ]
+        if report['rounds']:
+            cells += [f'{row["latency_ms"]:.2f}', f'{row["latency_speedup"]:.2f}', f'{row["throughput"]:.0f}',
+                      f'{row["throughput_speedup"]:.2f}']
+        body.append(cells)
+    return head, body
+
+
+def comparison_markdown(report: Mapping[str, Any], command: str = '', plot: str = '') -> str:
+    """The report to read.
+
+    Args:
+        report: Of `compare`.
+        command: What made it, to be shown.
+        plot: File name of the picture, to be shown.
+    """
+    head, body = comparison_cells(report)
+    how = [
+        f'{report["model"]} ({report["num_params"] / 1e6:.2f} M parameters, {report["tokens"]} tokens, '
+        f'{amount(report["macs"])} multiply-accumulates) on {report["num_images"]:,} images of {report["data"]}, '
+        f'{report["split"]}. All methods are applied to the same weights, without training, and have at most the '
+        'multiply-accumulates of their target; what deciding costs comes on top and has its own column. Intervals of '
+        "top-1 are Wilson's; those of the change are paired, since all methods saw the same images.",
+    ]
+    if report['rounds']:
+        how.append(f'Speeds: {report["hardware"]}, medians of {report["rounds"]} interleaved rounds, fp32; speed-ups '
+                   'are medians of the ratios to the unreduced model in the same round.')
+    if report['search_trials']:
+        how.append(f'Searched: schedule and options by `tokens.search`, {report["search_trials"]} trials on at most '
+                   f'{_CALIBRATION_IMAGES} training images, by agreement with the unreduced model, without labels.')
+    lines = [f'# Token reduction of {report["model"]} on {report["data"]}', '', ' '.join(how), '']
+    if plot:
+        lines += [f'![Accuracy against multiply-accumulates and speed]({plot})', '']
+    lines += ['| ' + ' | '.join(head) + ' |', '|---' + '|---:' * (len(head) - 1) + '|']
+    lines += ['| ' + ' | '.join(cells) + ' |' for cells in body]
+    lines += ['', *(f'- {note}' for note in report['notes'])]
+    if command:
+        lines += ['', f'    {command}']
+    return '\n'.join(lines).rstrip() + '\n'
+
+
+def save_comparison(report: Mapping[str, Any], folder: Union[str, Path], command: str = '') -> List[Path]:
+    """Write `tokens_accuracy_<data>.json`, `.png` and `.md`, each whole or not at all.
+
+    Returns:
+        The files.
+    """
+    stem = Path(folder) / f'tokens_accuracy_{report["data_tag"]}'
+    files = [stem.with_suffix(suffix) for suffix in ('.json', '.png', '.md')]
+    with atomic_path(files[0]) as temporary:
+        temporary.write_text(
+            json.dumps({**report, 'command': command}, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    plot_comparison(report, files[1])
+    with atomic_path(files[2]) as temporary:
+        temporary.write_text(comparison_markdown(report, command, files[1].name), encoding='utf-8')
+    return files
+
+
+# Colours that stay apart for the colour-blind (Okabe and Ito); what methods have to beat is grey.
+_STYLES = {
+    'tome': ('#0072B2', 'o'), 'zero_tprune': ('#D55E00', 's'), 'token_transforming': ('#009E73', 'D'),
+    'pyra': ('#CC79A7', '^'), 'class_attention': ('#4D4D4D', 'P'), 'uniform': ('#8C8C8C', 'X'),
+    'random': ('#B5B5B5', 'v'),
+}
+_OTHERS = ('#E69F00', '#56B4E9', '#F0E442')
+
+
+def plot_comparison(report: Mapping[str, Any], path: Union[str, Path]) -> None:
+    """Draw accuracy against multiply-accumulates and, where it was measured, against throughput; save the picture.
+
+    Args:
+        report: Of `compare`.
+        path: Picture file; its suffix tells the format.
+    """
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    from vishub.tasks.classification.metrics import new_figure
+    base, rows = report['rows'][0], report['rows'][1:]
+    panels = [('macs_share', 100., 'multiply-accumulates, % of the unreduced model')]
+    if report['rounds']:
+        panels.append(('throughput_speedup', 1., f'measured throughput, times the unreduced model '
+                                                 f'(batch {report["batch_size"]})'))
+    figure = new_figure(5.4 * len(panels) + 0.4, 4.9)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys((row['method'], row['searched']) for row in rows))
+    names.sort(key=lambda name: (_place(name[0]), name[1]))
+    both = {name for name, searched in names if searched}
+    unknown = [name for name, _ in names if name not in _STYLES]
+    for axis, (key, scale, label) in zip(axes, panels):
+        low, high = base['top1_ci95']
+        axis.axhspan(low, high, color='#000000', alpha=0.06, linewidth=0)
+        axis.axhline(base['top1'], color='#000000', linewidth=0.9, linestyle=(0, (5, 3)))
+        for name, searched in names:
+            colour, marker = _STYLES.get(name) or (_OTHERS[unknown.index(name) % len(_OTHERS)], 'h')
+            line = [base] + [row for row in rows if (row['method'], row['searched']) == (name, searched)]
+            line.sort(key=lambda row: -row['macs_share'])
+            faint = name in both and not searched  # the same method without search, where both are there
+            x, y = [scale * row[key] for row in line], [row['top1'] for row in line]
+            axis.plot(x, y, color=colour, linewidth=1.1 if faint else 1.8, linestyle=':' if faint else '-', zorder=2)
+            tails = [[row['top1'] - row['top1_ci95'][0] for row in line[1:]],
+                     [row['top1_ci95'][1] - row['top1'] for row in line[1:]]]
+            axis.errorbar(
+                x[1:], y[1:], yerr=None if faint else tails, fmt=marker, color=colour, markersize=5.5, zorder=3,
+                markerfacecolor='white' if faint else colour, markeredgecolor=colour if faint else 'white',
+                markeredgewidth=1.1 if faint else 0.7, elinewidth=0.9, capsize=2.2,
+                label=row_title({'method': name, 'searched': searched}))
+        axis.plot([scale * base[key]], [base['top1']], marker='o', color='#000000', markersize=6, zorder=4,
+                  linestyle='none')
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[['top', 'right']].set_visible(False)
+        axis.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    axes[0].invert_xaxis()  # less work to the right, as more speed is in the other panel
+    axes[0].annotate(f'unreduced {base["top1"]:.1f} %', (1, base['top1']), xycoords=('axes fraction', 'data'),
+                     xytext=(-2, 4), textcoords='offset points', ha='right', fontsize='small')
+    axes[0].set_ylabel(f'top-1 accuracy on {report["data"]}, %')
+    figure.suptitle(
+        f'{report["model"]}: token reduction without training, {report["num_images"]:,} images, 95 % intervals',
+        fontsize='medium')
+    if names:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', frameon=False,
+                      ncols=min(len(names), 4 * len(panels) - 1), fontsize='small')
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=160)
