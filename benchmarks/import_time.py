@@ -1,4 +1,4 @@
-"""What `import vishub` costs beside `import timm`: fresh processes in turn, median time of each, and the ratio.
+"""What `import vishub` costs beside `import timm`: fresh processes in turn, median time and ratio.
 
     python benchmarks/import_time.py [--repeats 15] [--json]
 
@@ -9,23 +9,24 @@ import json
 import statistics
 import subprocess
 import sys
-from typing import Dict, List
+from typing import Dict
+
+from timing import ratios, take_turns
 
 _STATEMENT = 'import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)'
 
 
 def measure(repeats: int) -> Dict[str, float]:
     """Median seconds of both imports and their ratio; a first pair, which warms the file cache, is not counted."""
-    seconds: Dict[str, List[float]] = {'timm': [], 'vishub': []}
-    for repeat in range(repeats + 1):
-        # Taking turns, each going first every other time, spreads the machine's moods over both.
-        for module in ('timm', 'vishub') if repeat % 2 else ('vishub', 'timm'):
-            statement = _STATEMENT.format(module=module)
-            output = subprocess.run([sys.executable, '-c', statement], capture_output=True, text=True, check=True)
-            if repeat:
-                seconds[module].append(float(output.stdout))
+    def seconds_of(module: str) -> float:
+        statement = _STATEMENT.format(module=module)
+        output = subprocess.run([sys.executable, '-c', statement], capture_output=True, text=True, check=True)
+        return float(output.stdout)
+
+    seconds = take_turns({name: lambda name=name: seconds_of(name) for name in ('timm', 'vishub')}, repeats)
     medians = {module: statistics.median(values) for module, values in seconds.items()}
-    return {**medians, 'ratio': medians['vishub'] / medians['timm'], 'repeats': repeats}
+    ratio = statistics.median(ratios(seconds['vishub'], seconds['timm']))
+    return {**medians, 'ratio': ratio, 'repeats': repeats}
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 import timm
 import torch
+from timing import clock_name, ratios, take_turns, timer
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -36,14 +36,8 @@ def fill_statistics(model: nn.Module) -> None:
                 m.running_var.uniform_(0.8, 1.2)
 
 
-def seconds(model: nn.Module, x: torch.Tensor) -> float:
-    start = time.perf_counter()
-    model(x)
-    return time.perf_counter() - start
-
-
 @torch.inference_mode()
-def compare(name: str, batch: int, size: int, rounds: int, channels_last: bool) -> Dict[str, Any]:
+def compare(name: str, batch: int, size: int, rounds: int, threads: int, channels_last: bool) -> Dict[str, Any]:
     """Time both forms of one model in turns.
 
     Returns:
@@ -61,24 +55,22 @@ def compare(name: str, batch: int, size: int, rounds: int, channels_last: bool) 
     training_form, deployed = (m.to(memory_format=memory_format) for m in (training_form, deployed))
 
     expected = training_form(x)
-    difference = (deployed(x) - expected).abs().max() / expected.abs().max()  # and the first runs, which warm up
-    times: List[List[float]] = [[], []]
-    for i in range(rounds):
-        # Every other round begins with the other form.
-        for j in ((0, 1) if i % 2 == 0 else (1, 0)):
-            times[j].append(seconds((training_form, deployed)[j], x))
-    ratios = [a / b for a, b in zip(*times)]
+    difference = (deployed(x) - expected).abs().max() / expected.abs().max()
+    forms = {'training': training_form, 'deployed': deployed}
+    seconds = take_turns(
+        {form: timer(lambda model=model: model(x), threads=threads) for form, model in forms.items()}, rounds)
+    gain = ratios(seconds['training'], seconds['deployed'])
     return {
         'model': name,
         'batch': batch,
         'size': size,
         'params_training': num_params(training_form),
         'params_deployed': num_params(deployed),
-        'ms_training': round(1000 * statistics.median(times[0]), 2),
-        'ms_deployed': round(1000 * statistics.median(times[1]), 2),
-        'ratio': round(statistics.median(ratios), 3),
-        'ratio_lowest': round(min(ratios), 3),
-        'ratio_highest': round(max(ratios), 3),
+        'ms_training': round(1000 * statistics.median(seconds['training']), 2),
+        'ms_deployed': round(1000 * statistics.median(seconds['deployed']), 2),
+        'ratio': round(statistics.median(gain), 3),
+        'ratio_lowest': round(min(gain), 3),
+        'ratio_highest': round(max(gain), 3),
         'relative_difference': float(f'{difference.item():.1e}'),
     }
 
@@ -100,11 +92,12 @@ def main() -> None:
     rows = []
     for name in args.models:
         for batch in args.batch:
-            rows.append(compare(name, batch, args.size, args.rounds, args.channels_last))
+            rows.append(compare(name, batch, args.size, args.rounds, args.threads, args.channels_last))
             print(f'{name}, batch {batch}: done', file=sys.stderr)
     setting = {
         'device': 'cpu',
         'threads': args.threads,
+        'clock': clock_name(threads=args.threads),
         'rounds': args.rounds,
         'channels_last': args.channels_last,
         'torch': torch.__version__,

@@ -6,17 +6,17 @@
 
 Weights are random, which costs the same as trained ones. All contenders of a batch size run in turns, each going first
 equally often, so that whatever else the machine does slows all alike; a figure is the median of the rounds' ratios. On
-the CPU the clock is CPU time of one thread, on CUDA the device's own.
+the CPU with one thread the clock is CPU time, on CUDA the device's own.
 """
 import argparse
 import copy
 import json
 import statistics
-import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import timm
 import torch
+from timing import ratios, take_turns, timer
 from torch import nn
 
 from vishub import tokens
@@ -71,43 +71,19 @@ def contenders(name: str, methods: List[str], targets: List[float], options: arg
     return models, known
 
 
-def clock(device: str) -> Callable[[Callable[[], None]], float]:
-    """Seconds that a call takes."""
-    if device.startswith('cuda'):
-        def measure(call: Callable[[], None]) -> float:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1000
-    else:
-        def measure(call: Callable[[], None]) -> float:
-            start = time.process_time()
-            call()
-            return time.process_time() - start
-    return measure
-
-
 def measure(models: Dict[str, nn.Module], batch: int, options: argparse.Namespace) -> Dict[str, List[float]]:
     """Seconds a forward of every model in every round; one more round comes first and is not counted."""
     size = models['baseline'].patch_embed.img_size
     x = torch.randn(batch, 3, *size, device=options.device, dtype=getattr(torch, options.dtype))
-    seconds: Dict[str, List[float]] = {key: [] for key in models}
-    order, timed = list(models), clock(options.device)
     with torch.inference_mode():
-        for number in range(options.rounds + 1):
-            start = number % len(order)
-            for key in order[start:] + order[:start]:
-                elapsed = timed(lambda model=models[key]: model(x))
-                if number:
-                    seconds[key].append(elapsed)
-    return seconds
+        return take_turns(
+            {key: timer(lambda model=model: model(x), options.device, options.threads)
+             for key, model in models.items()}, options.rounds)
 
 
 def ratio(slow: List[float], fast: List[float]) -> float:
     """Median over the rounds of slow / fast."""
-    return statistics.median(a / b for a, b in zip(slow, fast))
+    return statistics.median(ratios(slow, fast))
 
 
 def report(seconds: Dict[str, List[float]], known: Dict[str, Dict[str, Any]], batch: int) -> List[Dict[str, Any]]:
