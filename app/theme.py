@@ -36,7 +36,8 @@ def theme() -> gr.themes.Base:
 # Colours only through Gradio's variables, so that dark mode needs no second set.
 CSS = """
 body { background: var(--body-background-fill) !important; }
-.gradio-container { max-width: 1120px !important; min-width: 0 !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1120px !important; width: 100% !important; min-width: 0 !important;
+    margin: 0 auto !important; }
 .gradio-container .main { padding: 16px clamp(12px, 3vw, 32px) !important; }
 .gradio-container .html-container { padding: 0; }
 #vh-header { padding: 8px 0 0; }
@@ -44,8 +45,8 @@ body { background: var(--body-background-fill) !important; }
 #vh-header p, #vh-footer { color: var(--body-text-color-subdued); margin: 4px 0 0; }
 #vh-footer { font-size: var(--text-sm); padding: 8px 0; }
 .vh-note { color: var(--body-text-color-subdued); font-size: var(--text-sm); line-height: 1.5; }
-#vh-examples .grid-wrap { padding-top: 30px; height: auto; min-height: 0; max-height: none; }
-#vh-examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+#vh-examples .grid-wrap, .vh-thumbnails .grid-wrap { padding-top: 30px; height: auto; min-height: 0; max-height: none; }
+#vh-examples .grid-container, .vh-thumbnails .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 .vh-note b { color: var(--body-text-color); font-weight: 600; }
 
 .vh-status { border-radius: var(--radius-md); padding: 10px 14px; border: 1px solid var(--border-color-primary);
@@ -75,4 +76,39 @@ body { background: var(--body-background-fill) !important; }
 .vh-family tr > :last-child { padding-right: 0; }
 .vh-task { font-size: var(--text-xs); font-weight: 500; border-radius: 999px; padding: 1px 9px;
     border: 1px solid var(--border-color-primary); color: var(--body-text-color-subdued); }
+
+.vh-steps { display: flex; flex-direction: column; gap: 8px; }
+.vh-steps figure { margin: 0; }
+.vh-steps figure[hidden] { display: none; }
+.vh-steps img { display: block; width: 100%; max-width: 480px; height: auto; margin: 0 auto;
+    border-radius: var(--radius-md); image-rendering: pixelated; }
+.vh-steps figcaption { text-align: center; font-weight: 600; padding-top: 8px; font-variant-numeric: tabular-nums; }
+.vh-steps input[type=range] { width: 100%; height: 28px; margin: 0; accent-color: var(--color-accent);
+    cursor: pointer; }
+.vh-ends { display: flex; justify-content: space-between; font-size: var(--text-sm); margin-top: -6px;
+    color: var(--body-text-color-subdued); }
+.vh-legend { list-style: none; margin: 4px 0 0; padding: 0; display: grid; gap: 4px; }
+.vh-legend li { display: flex; gap: 8px; align-items: center; margin: 0; }
+.vh-legend i { flex: none; width: 26px; height: 18px; border-radius: 3px;
+    border: 1px solid var(--border-color-primary); }
+.vh-legend .vh-alone { background: linear-gradient(135deg, #d9a066, #8f563b 45%, #5b6ee1); }
+.vh-legend .vh-merged { background: #a07850; border: 2px solid white; outline: 1px solid #7f8794; }
+.vh-legend .vh-gone { background: repeating-linear-gradient(135deg, #70808f 0 1px, #1c1c22 1px 5px); }
+
+.vh-empty { border: 1px dashed var(--border-color-primary); border-radius: var(--radius-md); padding: 32px 24px;
+    text-align: center; }
+
+.vh-table { width: 100%; border-collapse: collapse; border: 0; margin: 6px 0 8px; table-layout: fixed; }
+.vh-table caption { text-align: left; font-weight: 600; padding-bottom: 2px; }
+.vh-table tr { border: 0; }
+.vh-table th, .vh-table td { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 5px 10px 5px 0;
+    text-align: left; vertical-align: middle; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.vh-table tr > :last-child { padding-right: 0; }
+.vh-table thead th { font-weight: 500; font-size: var(--text-sm); color: var(--body-text-color-subdued); }
+.vh-table tbody th { font-weight: 500; }
+.vh-classes td { font-size: var(--text-sm); }
+.vh-bar { height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden;
+    margin-bottom: 2px; }
+.vh-bar i { display: block; height: 100%; border-radius: 4px; background: var(--color-accent); }
+.vh-bar.vh-full i { background: var(--body-text-color-subdued); }
 """

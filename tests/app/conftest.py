@@ -54,6 +54,20 @@ def served_weights(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tiny_weights
 
 
+@pytest.fixture(scope='session')
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for VISHUB_WEIGHTS with an untrained ViT of six blocks for grey pictures and three classes."""
+    root = tmp_path_factory.mktemp('vit')
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model('vit_mini_patch2_28', depth=6, in_chans=1, num_classes=3)
+        torch.nn.init.normal_(model.head.weight, std=0.3)  # scores that differ
+    names = ('boot', 'bag', '<i>hat</i>')
+    config = dict(input_size=(1, 28, 28), mean=(0.5,), std=(0.5,), label_names=names, num_classes=3)
+    save_folder(model, root / 'vit_mini_patch2_28.shapes', metrics={}, card={}, pretrained_cfg=config)
+    return root
+
+
 def _png_of_zeros(side: int) -> bytes:
     """A valid grey PNG of side x side black pixels, made without the memory that it would need."""
     def chunk(kind: bytes, content: bytes) -> bytes:

@@ -216,7 +216,8 @@ def test_examples_suit_the_model(served_weights):
 
 
 def test_without_weights_the_page_says_so(monkeypatch):
-    monkeypatch.setattr('app.classify.trained_models', lambda task: [])
+    for tab in ('classify', 'tokens'):
+        monkeypatch.setattr(f'app.{tab}.trained_models', lambda task: [])
     config = build_app().get_config_file()
     assert any(NO_MODELS in str(part['props'].get('value')) for part in config['components'])
     assert not any(part['type'] == 'image' for part in config['components'])

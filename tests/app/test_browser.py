@@ -1,4 +1,5 @@
 """The demo in a real browser: what a visitor does, and what he sees. Screenshots go to `artifacts/screenshots/`."""
+import os
 import socket
 import threading
 import time
@@ -8,6 +9,7 @@ from typing import Iterator, List
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from app.examples import FOLDER
 from app.main import launch
 from app.pipelines import PipelineCache
 from app.work import Stopped
@@ -17,6 +19,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.xdist_group('browser')]  # one se
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / 'artifacts' / 'screenshots'
 TRAINED = 'favit_small64.fashion_mnist'
+BOOT = FOLDER / 'fashion-ankle-boot.png'
 FLAGS = [
     '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
     '--disable-background-networking', '--disable-component-update', '--disable-sync',
@@ -25,10 +28,10 @@ PATIENCE_MS = 180_000  # only a much loaded machine needs it
 
 
 @pytest.fixture(scope='module')
-def address(tiny_weights) -> Iterator[str]:
+def address(tiny_weights, tiny_vit) -> Iterator[str]:
     """The served page with the weights of the checkout and those that the tests made."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('VISHUB_WEIGHTS', str(tiny_weights))
+        patch.setenv('VISHUB_WEIGHTS', os.pathsep.join(map(str, (tiny_weights, tiny_vit))))
         with socket.socket() as probe:
             probe.bind(('127.0.0.1', 0))
             port = probe.getsockname()[1]
@@ -70,15 +73,15 @@ def visit(browser, address):
     assert errors == []
 
 
-def choose(page: Page, model: str) -> None:
-    box = page.locator('#vh-model input')
-    if box.input_value() != model:
+def choose(page: Page, choice: str, dropdown: str = '#vh-model') -> None:
+    box = page.locator(f'{dropdown} input')
+    if box.input_value() != choice:
         box.click()
-        page.get_by_role('option', name=model, exact=True).click()
+        page.get_by_role('option', name=choice, exact=True).click()
 
 
 def upload(page: Page, path: Path) -> None:
-    remove = page.get_by_label('Remove Image')
+    remove = page.locator('#vh-picture').get_by_label('Remove Image')
     if remove.count():
         remove.click()
     page.locator('#vh-picture input[type=file]').set_input_files(path)
@@ -192,3 +195,95 @@ def test_a_trained_model_knows_a_real_picture(visit):
     page.locator('#vh-examples button').first.click()
     expect_status(page, 'fashion-ankle-boot.png: Ankle boot')
     keep(page, 'ankle-boot')
+
+
+def open_tokens(page: Page) -> None:
+    page.get_by_role('tab', name='Tokens').click()
+    expect(page.locator('#vh-tokens-picture')).to_be_visible(timeout=PATIENCE_MS)
+    choose(page, 'vit_mini_patch2_28.shapes', '#vh-tokens-model')
+
+
+def reduce(page: Page, path: Path) -> None:
+    remove = page.locator('#vh-tokens-picture').get_by_label('Remove Image')
+    if remove.count():
+        remove.click()
+    page.locator('#vh-tokens-picture input[type=file]').set_input_files(path)
+
+
+def expect_tokens(page: Page, text: str) -> None:
+    expect(page.locator('#vh-tokens-status')).to_contain_text(text, timeout=PATIENCE_MS)
+
+
+def test_the_slider_shows_the_tokens_block_by_block(visit):
+    page = visit()
+    open_tokens(page)
+    reduce(page, BOOT)
+    expect_tokens(page, 'fashion-ankle-boot.png at 65% of the MACs')
+    shown = page.locator('#vh-tokens-blocks figure:visible')
+    expect(shown).to_contain_text('Behind block 6 of 6')
+    requests: List[str] = []
+    page.on('request', lambda request: requests.append(request.url))
+    slider = page.get_by_role('slider', name='Reducing block')
+    slider.focus()
+    left = []
+    for block in (5, 4, 3, 2, 1):
+        page.keyboard.press('ArrowLeft')
+        expect(shown).to_contain_text(f'Behind block {block} of 6')
+        left.append(int(shown.inner_text().split(': ')[1].split(' of')[0]))
+    assert left == sorted(set(left)) and left[-1] < 196, 'fewer tokens with every block'
+    page.keyboard.press('ArrowLeft')
+    expect(shown).to_contain_text('At the input: 196 patches')
+    assert page.evaluate('document.querySelector("#vh-tokens-blocks figure:not([hidden]) img").naturalWidth') == 476
+    assert not [url for url in requests if not url.startswith('data:')], 'nothing is computed again'
+    slider.fill('3')
+    for words in ('MACs', 'Latency', 'ms', '\u2212'):
+        expect(page.locator('#vh-tokens-numbers')).to_contain_text(words)
+    expect(page.locator('#vh-tokens-classes .vh-bar')).to_have_count(6)
+    keep(page, 'tokens')
+
+
+def test_another_method_is_one_choice_and_says_what_it_does(visit):
+    page = visit()
+    open_tokens(page)
+    reduce(page, BOOT)
+    expect_tokens(page, 'of the MACs')
+    choose(page, 'Zero-TPrune', '#vh-tokens-method')
+    expect(page.locator('#vh-tokens-blocks')).to_contain_text('no token has it any more', timeout=PATIENCE_MS)
+    expect(page.get_by_text('Tokens that matter little')).to_be_visible()
+    reduce(page, FOLDER / 'README.md')
+    expect_tokens(page, 'README.md')
+    expect(page.locator('#vh-tokens-status').get_by_role('alert')).to_be_visible()
+    expect(page.locator('#vh-tokens-blocks figure')).to_have_count(0)
+    assert 'Traceback' not in page.inner_text('body')
+
+
+def test_stop_ends_the_measuring(visit, monkeypatch):
+    ended = threading.Event()
+
+    def endless(pipe, path, method, budget, progress):
+        try:
+            for _ in range(10_000):
+                time.sleep(0.02)
+                progress(5, 23)
+        except Stopped:
+            ended.set()
+            raise
+
+    monkeypatch.setattr('app.tokens.compare', endless)
+    page = visit()
+    open_tokens(page)
+    page.locator('#vh-tokens-examples button').first.click()
+    expect_tokens(page, 'Measuring')
+    page.locator('#vh-tokens-stop').click()
+    expect_tokens(page, 'Stopped.')
+    assert ended.wait(30), 'the page says stopped, but the work goes on'
+
+
+def test_tokens_on_a_phone_in_the_dark(visit):
+    page = visit(390, 844, '?__theme=dark')
+    open_tokens(page)
+    assert fits(page), 'the empty tab scrolls sideways'
+    reduce(page, FOLDER / 'cat.jpg')
+    expect_tokens(page, 'cat.jpg at 65% of the MACs')
+    assert fits(page), 'the page scrolls sideways'
+    keep(page, 'phone-dark-tokens')

@@ -231,7 +231,7 @@ class ClassificationPipeline(Pipeline):
             heatmap: bool,
             heatmap_index: Optional[int],
     ) -> List[ClassificationResult]:
-        prepared = [self._prepare(item.image) for item in decoded]
+        prepared = [self.prepare(item.image) for item in decoded]
         batch = torch.stack([tensor for tensor, _ in prepared])  # B, C, H, W
         start = time.perf_counter()
         batch = batch.to(self.device)
@@ -281,7 +281,7 @@ class ClassificationPipeline(Pipeline):
         """Name of the class at `index` of the model's output."""
         return self.label_names[index] if self.label_names else f'class {index}'
 
-    def _prepare(self, image: Image.Image) -> Tuple[torch.Tensor, Box]:
+    def prepare(self, image: Image.Image) -> Tuple[torch.Tensor, Box]:
         """RGB image -> the model's input C, H, W and the box (left, top, right, bottom) of `image` that it shows.
 
         The box is in pixels of `image` and goes beyond it where the transform pads.
