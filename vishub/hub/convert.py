@@ -8,6 +8,7 @@ import argparse
 import importlib
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -54,8 +55,10 @@ class Converted:
 
 @dataclass(frozen=True)
 class _Layout:
-    """A family's official layout: its classifier's names (official, ours), and sizes that only the file knows."""
+    """A family's official layout: names that every file of it has and no other family's, its classifier's names
+    (official, ours), and the sizes that only the file knows."""
     licence: str
+    mark: str
     classifiers: Tuple[str, ...]
     arguments: Callable[[str, Mapping[str, Any], Tensors], Dict[str, Any]]
 
@@ -111,7 +114,7 @@ def convert(name: str, checkpoint: Union[str, Path], output: Union[str, Path]) -
             pretrained_cfg={'input_size': size})
     except OSError as error:
         raise InputError(f"'{output}' cannot be written ({error.strerror or error}): give another folder") from error
-    return Converted(output, row.name, model.num_classes, entry, layout.licence)
+    return Converted(output, row.name, arguments['num_classes'], entry, layout.licence)
 
 
 def read_checkpoint(file: Union[str, Path]) -> Dict[str, Any]:
@@ -130,7 +133,8 @@ def read_checkpoint(file: Union[str, Path]) -> Dict[str, Any]:
         if file.suffix == '.safetensors':
             content: Any = load_file(file)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # the error below says it
                 content = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything at all
         asked = re.search(r'(?:GLOBAL|global:?) `?([\w.]+)`?', str(error))
@@ -196,7 +200,13 @@ def _candidates(name: str) -> Sequence[catalog.Architecture]:
         raise InputError(
             f"'{name}' has no official checkpoints that could be converted ({catalog.family(family).notes.rstrip('.')})"
             f'; there are layouts for {", ".join(_LAYOUTS)}')
-    return [row for row in rows if row.name not in _OURS]
+    return _convertible(rows)
+
+
+def _convertible(rows: Sequence[catalog.Architecture]) -> Sequence[catalog.Architecture]:
+    """Those with an official layout; a model that takes any sizes comes last, for it fits files of the others, too."""
+    rows = [row for row in rows if row.family in _LAYOUTS and row.name not in _OURS]
+    return sorted(rows, key=lambda row: row.name in _ANY_SIZES)
 
 
 def _fit(
@@ -206,6 +216,8 @@ def _fit(
 ) -> Tuple[Dict[str, Any], Optional[str]]:
     """Constructor arguments with which the checkpoint fits this architecture, and None; or else why it does not."""
     layout = _LAYOUTS[row.family]
+    if not any(re.search(layout.mark, key) for key in tensors):
+        return {}, f'no name in it is one of {row.family}'
     classifier = next((tensors[key] for key in layout.classifiers if key in tensors), None)
     arguments: Dict[str, Any] = {'num_classes': 0 if classifier is None else classifier.shape[0]}
     try:
@@ -247,12 +259,13 @@ def _mismatch(
         faults: Mapping[str, str],
 ) -> InputError:
     """The error for a file that is none of the models asked for; it names the one that it is, if it is ours."""
-    for row in catalog.architectures():
-        if row.family in _LAYOUTS and row.name not in faults and row.name not in _OURS:
+    for row in _convertible(catalog.architectures()):
+        if row.name not in faults:
             _, fault = _fit(row, content, tensors)
             if fault is None:
                 return InputError(f"'{file}' holds {row.name}, not {name}: run vishub convert {row.name}")
-    why = '; '.join(f'{model}: {fault}' for model, fault in list(faults.items())[:3])
+    reasons = {fault: f'{model}: {fault}' for model, fault in faults.items()}  # each said once
+    why = '; '.join(list(reasons.values())[:3])
     return InputError(f"'{file}' holds no {name} nor another model of ours ({why})")
 
 
@@ -310,9 +323,11 @@ def _img_size(architecture: str, side: int) -> Dict[str, Any]:
 
 # The one released or trainable layout of each family. FMViT and our small ViTs have none.
 _LAYOUTS = {
-    'favit': _Layout('unknown', ('head.weight',), _favit_arguments),
-    'fcaformer': _Layout('unknown', ('head.weight', 'head.fc.weight'), _fcaformer_arguments),
-    'nvit': _Layout('cc-by-nc-sa-4.0', ('head.weight',), _nvit_arguments),
+    'favit': _Layout('unknown', r'\.attn\.(kv_g|global_kv)\.', ('head.weight',), _favit_arguments),
+    'fcaformer': _Layout(
+        'unknown', r'\.(attention_biases|attn\.rel_bias)$', ('head.weight', 'head.fc.weight'), _fcaformer_arguments),
+    'nvit': _Layout('cc-by-nc-sa-4.0', r'^blocks\.0\.attn\.qkv\.', ('head.weight',), _nvit_arguments),
 }
 # Models of these families that only this project knows: sizes come with their own folders.
 _OURS = ('nvit',)
+_ANY_SIZES = ('nvit_distilled_patch16_224',)
