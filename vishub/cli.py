@@ -400,7 +400,7 @@ def tokens_compare(
     if output is not None:
         import_extra('matplotlib', 'train')  # for the plot, hours before it is drawn
         rehearse(output)
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
         bar = bars.add_task('reading', total=None)
         report = compare(
             model, load_data(data), methods=chosen, targets=shares, split=split, limit=limit, batch_size=batch_size,

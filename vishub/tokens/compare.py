@@ -229,9 +229,7 @@ def _enter(
             model = copy.deepcopy(base) if _trains(method) else _sharing(base)
             settings = {'lora': 0} if _trains(method) else {}
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter('ignore', UserWarning)  # what a method does instead is in its row's config
-                    apply(model, method, macs=target, **settings)
+                _apply_quietly(model, method, macs=target, **settings)
             except InputError as error:
                 if chosen is not None:
                     raise
@@ -239,6 +237,12 @@ def _enter(
                 continue
             contenders.append(_Contender(method, target, model, settings=_settings(model)))
     return notes
+
+
+def _apply_quietly(model: nn.Module, method: str, **settings: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # what a method does instead is in its row's config
+        return apply(model, method, **settings)
 
 
 def _settings(model: nn.Module) -> Dict[str, Any]:
@@ -263,7 +267,7 @@ def _enter_searched(
             contenders[0].model, calibration, contender.method, contender.target, trials=trials, seed=seed,
             max_images=_CALIBRATION_IMAGES,
             progress=lambda tried, _, done=done: tell('searching', done * trials + tried, len(plain) * trials))
-        model = apply(_sharing(contenders[0].model), **found.config)
+        model = _apply_quietly(_sharing(contenders[0].model), **found.config)
         contenders.append(_Contender(contender.method, contender.target, model, True, _settings(model)))
 
 

@@ -197,7 +197,8 @@ def _bar(progress: Union[bool, Callable[[int, int], None]], trials: int) -> Iter
         return
     from rich.console import Console
     from rich.progress import Progress
-    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bars:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not progress or not console.is_terminal) as bars:
         bar = bars.add_task('searching', total=trials)
         yield lambda done: bars.update(bar, completed=done)
 
@@ -282,7 +283,11 @@ class _Space:
     def settings(self, point: _Point) -> Optional[Dict[str, Any]]:
         """Arguments of `apply`; None if no share meets the budget."""
         counted = self.default if point.exponents is None else self.solve(point.exponents)
-        return None if counted is None else {'method': self.method, **self.fixed, **point.options, **counted}
+        if counted is None:
+            return None
+        # Spelled out, so that a default and its name are not tried as two.
+        options = {**{key: self.cls.options[key] for key in self.choices}, **self.fixed, **point.options}
+        return {'method': self.method, **options, **counted}
 
     def solve(self, exponents: Mapping[int, float]) -> Optional[Dict[str, Any]]:
         """The largest common share s for which keeping s ** exponent of the patches in each block meets the budget."""
