@@ -222,6 +222,7 @@ def prune_command(
         epochs: int = typer.Option(5, help='Epochs of fine-tuning; 0 for none.'),
         lr: float = typer.Option(5e-4, help='Peak learning rate of the fine-tuning.'),
         batch_size: int = typer.Option(128, help='Images a step.'),
+        max_images: Optional[int] = typer.Option(None, help='Use at most so many training images, evenly spread.'),
         labels_only: bool = typer.Option(
             False, '--labels-only', help="Train on the labels alone, without the unpruned model's answers."),
         teacher: Optional[str] = typer.Option(
@@ -248,7 +249,7 @@ def prune_command(
     options = ClassifierPruning(
         target_latency=target_latency, target_flops=target_flops, target_params=target_params, interval=interval,
         groups_per_step=groups_per_step, latency_weight=latency_weight, prune_lr=prune_lr, epochs=epochs, lr=lr,
-        batch_size=batch_size, labels_only=labels_only, teacher=teacher, augmentation=augmentation, amp=amp, tag=tag,
+        batch_size=batch_size, max_images=max_images, labels_only=labels_only, teacher=teacher, augmentation=augmentation, amp=amp, tag=tag,
         seed=seed, device=device, command='vishub ' + shlex.join(sys.argv[1:]))
     columns = (TextColumn('{task.description}'), BarColumn(bar_width=20), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bars:

@@ -170,9 +170,11 @@ def test_latency_target_and_a_teacher(place, monkeypatch):
 def test_without_fine_tuning(place):
     code, out, err = run(
         'prune', f'local-dir:{place / "vit.stripes"}', '--data', place / 'stripes', '--output', place / 'raw',
-        '--target-params', '0.8', '--json', *QUICK, '--epochs', '0')
+        '--target-params', '0.8', '--max-images', '64', '--json', *QUICK, '--epochs', '0')
     assert code in (0, None), err
     report = json.loads(out)
+    metrics = json.loads((place / 'raw' / 'nvit.stripes' / 'metrics.json').read_text())
+    assert (metrics['training']['samples'], metrics['training']['epochs']) == (64, 0)
     assert report['accuracy']['stored'] == pytest.approx(report['accuracy']['dense'], abs=2)  # fp16 alone changed it
 
 
@@ -184,7 +186,7 @@ def test_without_fine_tuning(place):
     (('--target-flops', '0.5', '--batch-size', '1000'), '192 training images do not fill one batch of 1000'),
     (('--target-flops', '0.5', '--epochs', '-1'), 'epochs is -1'),
     (('--target-flops', '0.5', '--augmentation', 'much'), "augmentation 'much' is unknown"),
-    (('--target-flops', '0.5', '--teacher', 'nonsense'), "'nonsense'"),
+    (('--target-flops', '0.5', '--teacher', 'nonsense'), "nonsense'"),
     (('--target-flops', '0.5', '--data', 'nowhere'), "'nowhere' does not exist"),
 ])
 def test_errors_are_one_sentence_and_leave_nothing(place, tmp_path, arguments, words):

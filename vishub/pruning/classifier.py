@@ -52,6 +52,7 @@ class ClassifierPruning:
         epochs: Passes over the training images after pruning; 0 for no fine-tuning.
         lr: Peak learning rate of the fine-tuning.
         batch_size: Images a step, while pruning and after it.
+        max_images: Prune and fine-tune on at most so many training images, evenly spread; None for all.
         labels_only: Leave out the unpruned model's answers: train on the labels (and a `teacher`) alone.
         teacher: Name of another classifier of the same classes, whose top answers are labels of the distillation
             head (of the only head, where there is one); usually a CNN.
@@ -73,6 +74,7 @@ class ClassifierPruning:
     epochs: int = 5
     lr: float = 5e-4
     batch_size: int = 128
+    max_images: Optional[int] = None
     labels_only: bool = False
     teacher: Optional[str] = None
     augmentation: str = 'light'
@@ -87,8 +89,9 @@ class ClassifierPruning:
         for name, least in (('epochs', 0), ('prune_lr', 0), ('latency_weight', 0), ('interval', 1)):
             if getattr(self, name) < least:
                 raise InputError(f'prune: {name} is {getattr(self, name)}; it must be at least {least}')
-        if self.groups_per_step is not None and self.groups_per_step < 1:
-            raise InputError(f'prune: groups_per_step is {self.groups_per_step}; it must be at least 1')
+        for name in ('groups_per_step', 'max_images'):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f'prune: {name} is {getattr(self, name)}; it must be at least 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +264,9 @@ def prune_classifier(
     recipe = ClassificationRecipe(
         model, data, augmentation=options.augmentation, label_smoothing=0., mixup=0., seed=options.seed,
         validate_on='none' if data.test is not None else 'val')  # all that is not tested on is trained on
+    if options.max_images is not None and options.max_images < len(recipe.data.train):
+        chosen = np.linspace(0, len(recipe.data.train) - 1, options.max_images).astype(int)
+        recipe.data = dataclasses.replace(recipe.data, train=recipe.data.train.take(chosen))
     recipe.mean, recipe.std = _statistics(pipe)  # the model keeps its own, whatever the data's are
     device = choose_device(options.device)
     with _work_folder(output) as work:
