@@ -27,6 +27,8 @@ class Example:
 
 
 EXAMPLES: Tuple[Example, ...] = (
+    Example('firetruck.jpg', 'Fire engine', 'cifar10'),
+    Example('jet.jpg', 'Jet', 'cifar10'),
     Example('cat.jpg', 'Cat', 'cifar10'),
     Example('coffee.jpg', 'Coffee', 'cifar10'),
     Example('fashion-ankle-boot.png', 'Ankle boot', 'fashion_mnist'),

@@ -160,7 +160,7 @@ def test_stop_ends_long_work(visit, pictures, monkeypatch):
 def test_an_example_is_one_click(visit):
     page = visit()
     page.locator('#vh-examples button').first.click()
-    expect_status(page, 'cat.jpg: ')
+    expect_status(page, 'firetruck.jpg: ')
 
 
 def test_on_a_phone_in_the_dark(visit, pictures):
