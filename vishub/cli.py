@@ -249,8 +249,8 @@ def prune_command(
     options = ClassifierPruning(
         target_latency=target_latency, target_flops=target_flops, target_params=target_params, interval=interval,
         groups_per_step=groups_per_step, latency_weight=latency_weight, prune_lr=prune_lr, epochs=epochs, lr=lr,
-        batch_size=batch_size, max_images=max_images, labels_only=labels_only, teacher=teacher, augmentation=augmentation, amp=amp, tag=tag,
-        seed=seed, device=device, command='vishub ' + shlex.join(sys.argv[1:]))
+        batch_size=batch_size, max_images=max_images, labels_only=labels_only, teacher=teacher,
+        augmentation=augmentation, amp=amp, tag=tag, seed=seed, device=device, command='vishub ' + shlex.join(sys.argv[1:]))
     columns = (TextColumn('{task.description}'), BarColumn(bar_width=20), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bars:
         bar = bars.add_task('reading', total=None)
@@ -473,32 +473,51 @@ def _import_demo() -> ModuleType:
 @app.command()
 def predict(
         model: str = typer.Argument(..., help="Model name, e.g. favit_b2.cifar10; 'vishub list' shows them."),
-        inputs: List[str] = typer.Argument(..., metavar='INPUT...', help='Pictures, or folders of them.'),
-        output: Optional[Path] = typer.Option(None, help='Folder for NAME.prediction.json and NAME.prediction.png.'),
+        inputs: List[str] = typer.Argument(
+            ..., metavar='INPUT...', help="Pictures, folders of them, or patterns such as 'photos/**/*.jpg'."),
+        output: Optional[Path] = typer.Option(
+            None, help='Table (.jsonl, .parquet), or folder for NAME.prediction.json and NAME.prediction.png.'),
         as_json: bool = typer.Option(False, '--json', help='Print one JSON array and nothing else on stdout.'),
         device: Optional[str] = typer.Option(None, help='cpu, cuda, cuda:1 or mps; the best one here by default.'),
         top_k: int = typer.Option(5, min=1, help='How many classes to show.'),
         heatmap: bool = typer.Option(False, '--heatmap', help='Also find where the evidence for the first class lies.'),
+        batch_size: int = typer.Option(32, min=1, help='For a table: pictures a forward pass.'),
+        workers: Optional[int] = typer.Option(
+            None, min=0, help='For a table: processes that decode; one less than there are cores by default.'),
+        part_size: int = typer.Option(1024, min=1, help='For a table: files a part, which a kill costs at most.'),
 ) -> None:
     """Say what is in pictures.
 
     A picture that cannot be used is reported on stderr in one sentence and the others go on; the exit code is then 1,
     or 2 if none could be used.
-    """
-    import json
 
+    A table may be of any number of pictures. The same command continues one that was stopped, even by kill -9; under
+    torchrun or accelerate launch the processes share the work.
+    """
     import vishub
+    from vishub.tasks.table import TABLE_SUFFIXES
+
+    if output is not None and output.suffix in TABLE_SUFFIXES and not output.is_dir():
+        if as_json or heatmap:
+            raise vishub.InputError(f"--json and --heatmap do not go into a table; leave them out, or '{output}'")
+        _predict_table(
+            model, inputs, output, device, batch_size=batch_size, workers=workers, part_size=part_size, top_k=top_k)
+        return
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise vishub.InputError('several processes can only share the work of a table: give --output results.jsonl')
     from vishub.tasks.batch import predict_files
 
     pipe = vishub.pipeline(model=model, device=device)
-    results = []
-    failed = 0
+    results = []  # for JSON only: pictures are large
+    done = failed = 0
     for path, outcome in predict_files(pipe, inputs, output, top_k=top_k, heatmap=heatmap):
         if isinstance(outcome, vishub.InputError):
             failed += 1
             typer.echo(f'vishub: {outcome}', err=True)
             continue
-        results.append(outcome)
+        done += 1
+        if as_json:
+            results.append(outcome.to_dict())
         for warning in outcome.warnings:
             typer.echo(f'vishub: {path}: {warning}', err=True)
         if not as_json:
@@ -506,9 +525,45 @@ def predict(
             for prediction in outcome.predictions:
                 typer.echo(f'  {prediction.probability:6.1%}  {prediction.label}')
     if as_json:
-        typer.echo(json.dumps([result.to_dict() for result in results], indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
     if failed:
-        raise typer.Exit(1 if results else 2)
+        raise typer.Exit(1 if done else 2)
+
+
+def _predict_table(model: str, inputs: List[str], output: Path, device: Optional[str], **options: Any) -> None:
+    import itertools
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    import vishub
+    from vishub.tasks.table import predict_table
+
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world > 1:
+        # On the CPU: only lists of parts are exchanged. A process may wait long for one with a slower share.
+        dist.init_process_group('gloo', timeout=timedelta(days=7))
+        if device is None and torch.cuda.is_available():
+            device = f'cuda:{int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count()}'
+    try:
+        report = predict_table(vishub.pipeline(model=model, device=device), inputs, output, **options)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+    if rank == 0:
+        if report.skipped is not None:
+            with open(report.skipped, encoding='ascii') as lines:
+                for line in itertools.islice(lines, 10):
+                    typer.echo(f'vishub: {json.loads(line)["error"]}', err=True)
+            typer.echo(f'vishub: {report.num_skipped:,} skipped, all listed in {report.skipped}', err=True)
+        now = report.num_rows + report.num_skipped - report.num_resumed
+        before = f', {report.num_resumed:,} of them before' if report.num_resumed else ''
+        typer.echo(
+            f'{report.output}: {report.num_rows:,} pictures{before}, {report.seconds:.1f} s, '
+            f'{now / report.seconds:.1f} files/s')
+    if report.num_skipped:
+        raise typer.Exit(1 if report.num_rows else 2)
 
 
 @app.command('publish')
