@@ -250,7 +250,8 @@ def prune_command(
         target_latency=target_latency, target_flops=target_flops, target_params=target_params, interval=interval,
         groups_per_step=groups_per_step, latency_weight=latency_weight, prune_lr=prune_lr, epochs=epochs, lr=lr,
         batch_size=batch_size, max_images=max_images, labels_only=labels_only, teacher=teacher,
-        augmentation=augmentation, amp=amp, tag=tag, seed=seed, device=device, command='vishub ' + shlex.join(sys.argv[1:]))
+        augmentation=augmentation, amp=amp, tag=tag, seed=seed, device=device,
+        command='vishub ' + shlex.join(sys.argv[1:]))
     columns = (TextColumn('{task.description}'), BarColumn(bar_width=20), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bars:
         bar = bars.add_task('reading', total=None)
