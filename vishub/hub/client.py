@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import get_session, validate_repo_id
 
-from vishub.errors import InputError
+from vishub.errors import InputError, WeightsNotFoundError
 
 __all__ = ['api', 'endpoint', 'is_offline', 'one_sentence', 'patience', 'split_hub_id']
 
@@ -58,7 +58,7 @@ def one_sentence(subject: str) -> Iterator[None]:
     """Turn whatever the client raises about `subject` (`ORG/NAME`, or what is being done) into an InputError."""
     try:
         yield
-    except InputError:
+    except (InputError, WeightsNotFoundError):
         raise
     except Exception as error:
         sentence = _sentence(error, subject)
