@@ -242,7 +242,7 @@ def test_the_slider_shows_the_tokens_block_by_block(visit):
     keep(page, 'tokens')
 
 
-def test_another_method_is_one_choice_and_says_what_it_does(visit):
+def test_another_method_is_one_choice_and_a_bad_picture_one_sentence(visit, pictures):
     page = visit()
     open_tokens(page)
     reduce(page, BOOT)
@@ -250,8 +250,8 @@ def test_another_method_is_one_choice_and_says_what_it_does(visit):
     choose(page, 'Zero-TPrune', '#vh-tokens-method')
     expect(page.locator('#vh-tokens-blocks')).to_contain_text('no token has it any more', timeout=PATIENCE_MS)
     expect(page.get_by_text('Tokens that matter little')).to_be_visible()
-    reduce(page, FOLDER / 'README.md')
-    expect_tokens(page, 'README.md')
+    reduce(page, pictures['text.png'])
+    expect_tokens(page, "'text.png'")
     expect(page.locator('#vh-tokens-status').get_by_role('alert')).to_be_visible()
     expect(page.locator('#vh-tokens-blocks figure')).to_have_count(0)
     assert 'Traceback' not in page.inner_text('body')
