@@ -496,7 +496,7 @@ def predict(
     torchrun or accelerate launch the processes share the work.
     """
     import vishub
-    from vishub.tasks.table import TABLE_SUFFIXES
+    from vishub.tasks.batch import TABLE_SUFFIXES
 
     if output is not None and output.suffix in TABLE_SUFFIXES and not output.is_dir():
         if as_json or heatmap:

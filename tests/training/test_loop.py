@@ -1,4 +1,5 @@
 """The loop: resuming gives the same bits, failing comes early, resolution progresses."""
+import collections
 import csv
 import dataclasses
 import os
@@ -179,6 +180,18 @@ def test_unwritable_output_fails_before_training(tmp_path):
     recipe.build_model = lambda: pytest.fail('training was prepared')
     with pytest.raises(InputError, match='cannot be written'):
         train(recipe, make_config(tmp_path / 'file' / 'run'))
+
+
+def test_full_disk_fails_before_training(tmp_path, monkeypatch):
+    size = train(make_recipe(), make_config(tmp_path / 'a')).checkpoint.stat().st_size
+    Usage = collections.namedtuple('Usage', 'total used free')
+    monkeypatch.setattr('vishub.training.loop._Run.take_step', lambda *_: pytest.fail('training began'))
+    monkeypatch.setattr('shutil.disk_usage', lambda _path: Usage(10 ** 9, 10 ** 9, size // 2))
+    with pytest.raises(InputError, match='MB of free space, the checkpoints need'):
+        train(make_recipe(), make_config(tmp_path / 'b'))
+    monkeypatch.setattr('shutil.disk_usage', lambda _path: Usage(10 ** 9, 10 ** 9 - 20 * size, 20 * size))
+    with pytest.raises(pytest.fail.Exception, match='training began'):
+        train(make_recipe(), make_config(tmp_path / 'b'))
 
 
 def test_checkpoint_of_other_options_is_refused(tmp_path):

@@ -2,7 +2,12 @@
 
 How a resumed run ends bit-identical to an uninterrupted one: nothing random depends on history. The order of an
 epoch is a function of (seed, epoch), a sample's augmentation of (seed, epoch, index), and everything else (drop path,
-mixup) of (seed, step), because all generators are seeded anew at every step. So no generator's state needs keeping.
+mixup) of (seed, step, process), because all generators are seeded anew at every step. So no generator's state needs
+keeping.
+
+How many processes train as one: a global batch is one slice of the epoch's order, of which each process takes its
+part; gradients and the logged loss are means over the processes, validation is shared out and gathered, and whatever
+decides how the run goes on (a limit, an error) is decided once, for all. Only the main process writes.
 """
 import contextlib
 import csv
@@ -10,8 +15,8 @@ import dataclasses
 import json
 import logging
 import math
-import random
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -29,9 +34,11 @@ from vishub.errors import InputError, import_extra
 from vishub.files import atomic_path
 from vishub.training.checkpoint import load_checkpoint, load_optimizer, optimizer_state, save_checkpoint
 from vishub.training.config import TrainConfig
+from vishub.training.output import checkpoint_bytes, rehearse, require_space
+from vishub.training.processes import average, broadcast, on_main, seed_step, sync_buffers
 from vishub.training.recipe import Recipe, SampleKey
 
-__all__ = ['TrainResult', 'train']
+__all__ = ['EpochSampler', 'TrainResult', 'rehearse', 'train']
 
 CHECKPOINT_NAME = 'checkpoint.safetensors'
 LOG_FIELDS = ('epoch', 'step', 'side', 'lr', 'train_loss', 'images_per_s', 'wall_s')
@@ -88,28 +95,6 @@ class EpochSampler(Sampler[List[SampleKey]]):
             yield [(self.epoch, int(index), side) for index in order[start:start + batch]]
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed python, numpy and torch as a function of (seed, step, rank)."""
-    words = np.random.SeedSequence([seed, step, rank]).generate_state(2)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[0]))  # noqa: NPY002  timm's Mixup draws from the global generator
-    torch.manual_seed(int(words[1]))
-
-
-def rehearse(output: Path) -> None:
-    """Write and remove a file in `output`, so that a run which could not store its result fails before training.
-
-    Raises:
-        InputError: If the folder cannot be made or written.
-    """
-    try:
-        with atomic_path(output / 'rehearsal.txt') as path:
-            path.write_text('a file that is written before training to see that it can be\n')
-        (output / 'rehearsal.txt').unlink()
-    except OSError as error:
-        raise InputError(f"output folder '{output}' cannot be written: {error}") from error
-
-
 def open_log(output: Path, name: str) -> logging.Logger:
     """A logger that appends to `output/training.log`."""
     logger = logging.getLogger(f'vishub.training.{name}')
@@ -148,18 +133,23 @@ def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
     """
     accelerate = import_extra('accelerate', 'train')
     output = Path(config.output)
-    rehearse(output)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
 
-    accelerator = accelerate.Accelerator(mixed_precision=config.amp, cpu=config.device == 'cpu')
+    # the others wait while the main process evaluates and stores the weights
+    patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=3))
+    accelerator = accelerate.Accelerator(
+        mixed_precision=config.amp, cpu=config.device == 'cpu', kwargs_handlers=[patience])
     try:
+        on_main(lambda: rehearse(output))
         return _Run(recipe, config, output, accelerator).train()
     finally:
         accelerator.free_memory()
-        if accelerator.num_processes == 1:
-            # Accelerate keeps its settings for the life of the process; the next run may want others.
-            accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        # The process group stays: a second one could not be told from the first in the store both would meet in.
+        # Accelerate keeps its settings for the life of the process; the next run may want others.
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class _Run:
@@ -213,6 +203,7 @@ class _Run:
         self.metrics: Dict[str, float] = {}
         self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not self.main)
         self.raw_optimizer = optimizer
+        on_main(self.check_space)
         if config.resume:
             self.load()
 
@@ -232,6 +223,11 @@ class _Run:
             'samples': len(self.data), 'processes': self.accelerator.num_processes,
         }
         return json.loads(json.dumps(options))  # as it comes back from a checkpoint: without tuples
+
+    def check_space(self) -> None:
+        require_space(
+            self.output, checkpoint_bytes(self.model, averaged=self.ema is not None), 0,
+            has_last=self.checkpoint.exists(), has_best=False)
 
     def wall(self) -> float:
         return self.wall_before + time.perf_counter() - self.started
@@ -298,7 +294,7 @@ class _Run:
         return batch
 
     def take_step(self, batches: Iterator[Any], side: int) -> float:
-        """One optimizer step over `grad_accum` batches; returns the mean loss of this process's samples."""
+        """One optimizer step over `grad_accum` batches; returns the mean loss over all processes."""
         config = self.config
         seed_step(config.seed, self.step + 1, self.accelerator.process_index)
         self.schedule.step_update(self.step)
@@ -322,7 +318,7 @@ class _Run:
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
-        value = float(total)
+        value = float(average(total))
         if not math.isfinite(value):
             raise FloatingPointError(
                 f'the loss is {value} at step {self.step}; lower the learning rate, or train with amp=no')
@@ -330,9 +326,11 @@ class _Run:
 
     @torch.no_grad()
     def validate(self, side: int) -> Dict[str, float]:
+        """The recipe's metrics, the same on every process."""
         model = self.final_model()
+        sync_buffers(model)
         with self.accelerator.autocast():
-            return self.recipe.validate(model, side, self.device) or {}
+            return broadcast(self.recipe.validate(model, side, self.device) or {})
 
     def final_model(self) -> nn.Module:
         """The model that the run is about: the averaged weights, if there are any."""
@@ -380,14 +378,16 @@ class _Run:
 
     def out_of_budget(self) -> bool:
         config = self.config
-        return bool(
-            (config.max_steps and self.step >= config.max_steps)
-            or (config.time_limit and time.perf_counter() - self.started > 60 * config.time_limit))
+        if config.max_steps and self.step >= config.max_steps:
+            return True
+        if not config.time_limit:
+            return False
+        return broadcast(time.perf_counter() - self.started > 60 * config.time_limit)  # clocks differ a little
 
     def end_epoch(self, epoch: int, side: int, images_per_s: float) -> None:
         config = self.config
         last = epoch == config.epochs - 1
-        if self.main and config.validate_every and (last or (epoch + 1) % config.validate_every == 0):
+        if config.validate_every and (last or (epoch + 1) % config.validate_every == 0):
             self.metrics = self.validate(side)
             validated = self.metrics
         else:
@@ -423,8 +423,8 @@ class _Run:
             model=self.final_model(), finished=finished, step=self.step, wall_s=self.wall(), metrics=self.metrics,
             checkpoint=self.checkpoint)
         self.logger.info('%s at step %d after %.0f s', 'finished' if finished else 'stopped', self.step, result.wall_s)
-        if finished and self.main:
-            folder = self.recipe.finish(result.model, result, self.config)
+        if finished:
+            sync_buffers(result.model)
+            folder = on_main(lambda: self.recipe.finish(result.model, result, self.config))
             result = dataclasses.replace(result, folder=folder)
-        self.accelerator.wait_for_everyone()
         return result

@@ -51,7 +51,11 @@ class Recipe(abc.ABC):
         """Mean loss of a batch, a scalar."""
 
     def validate(self, model: nn.Module, side: int, device: torch.device) -> Optional[Dict[str, float]]:
-        """Metrics on the validation split; None where there is none. `model` is in eval mode, gradients are off."""
+        """Metrics on the validation split; None where there is none. `model` is in eval mode, gradients are off.
+
+        Every process calls this. `vishub.training.processes` shares the work out (`my_share`) and brings the results
+        together (`gather_shares`); a recipe that does neither measures everything on every process.
+        """
         return None
 
     def describe(self) -> Dict[str, Any]:

@@ -18,6 +18,7 @@ from vishub.tasks.classification.metrics import classification_metrics, measure,
 from vishub.tasks.classification.pipeline import ClassificationPipeline
 from vishub.training.config import TrainConfig
 from vishub.training.loop import TrainResult
+from vishub.training.processes import gather_shares, my_share
 from vishub.training.recipe import Recipe
 
 __all__ = ['ClassificationRecipe', 'describe_hardware', 'parse_model_args', 'to_input']
@@ -174,7 +175,8 @@ class ClassificationRecipe(Recipe):
                 return torch.cat([to_input(image[None], side, self.mean, self.std) for image in images])
             return to_input(torch.stack(list(images)).to(device), side, self.mean, self.std)
 
-        logits = predict_logits(model, split, prepare, device=device)
+        share = predict_logits(model, split.take(my_share(len(split))), prepare, device=device)
+        logits = gather_shares(share, len(split))
         metrics = classification_metrics(logits, split.labels)
         return {key: metrics[key] for key in ('top1', 'nll', 'ece')}
 
