@@ -201,7 +201,7 @@ def test_examples_are_small_real_pictures_with_a_licence():
         with Image.open(example.path) as image:
             image.load()
         row = next(line for line in lines if line.startswith(f'| `{example.file}` |'))
-        assert re.search(r'\| (CC0-1\.0|CC-BY-4\.0|MIT, copyright .+) \|$', row), row
+        assert re.search(r'\| (CC0-1\.0|CC-BY-2\.5|CC-BY-4\.0|MIT, copyright .+|public domain .+) \|$', row), row
     files = {path.name for path in FOLDER.iterdir() if path.suffix in ('.jpg', '.png')}
     assert files == {example.file for example in EXAMPLES}
 
