@@ -87,7 +87,7 @@ def _sentence(error: BaseException, subject: str) -> Optional[str]:
     """What went wrong, or None for a fault that is not the Hub's or the line's."""
     where = endpoint() or constants.ENDPOINT
     chain = _causes(error)
-    status = next((cause.response.status_code for cause in chain if _has_status(cause)), None)
+    status = next(filter(None, map(_status, chain)), None)
 
     def caused_by(*kinds: type) -> bool:
         return any(isinstance(cause, kinds) for cause in chain)
@@ -112,7 +112,7 @@ def _sentence(error: BaseException, subject: str) -> Optional[str]:
     if caused_by(hub_errors.EntryNotFoundError) and not caused_by(hub_errors.LocalEntryNotFoundError):
         return f'{subject}: {where} has the repository, but not the file'
     if status is not None:
-        said = next((getattr(cause, 'server_message', None) for cause in chain if _has_status(cause)), None)
+        said = next((getattr(cause, 'server_message', None) for cause in chain if _status(cause)), None)
         return f'{subject}: {where} refused it (HTTP {status}{f": {said}" if said else ""})'
     if any('Timeout' in type(cause).__name__ for cause in chain):
         return f'{subject}: {where} does not answer in time; try again, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds'
@@ -133,5 +133,6 @@ def _causes(error: BaseException) -> List[BaseException]:
     return chain
 
 
-def _has_status(error: BaseException) -> bool:
-    return getattr(getattr(error, 'response', None), 'status_code', None) is not None
+def _status(error: BaseException) -> Optional[int]:
+    """The HTTP status that the Hub answered with, or None if it is no such error."""
+    return getattr(getattr(error, 'response', None), 'status_code', None)

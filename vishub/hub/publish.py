@@ -227,7 +227,7 @@ def _send(
                 revision=revision,
             ).oid
         else:
-            commit = hub.repo_info(repository, repo_type=kind, revision=revision).sha
+            commit = hub.repo_info(repository, repo_type=kind, revision=revision).sha or ''
     return _report(repository, kind, url, commit, files, changed)
 
 
