@@ -152,6 +152,20 @@ class Pipeline(abc.ABC):
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Run on one input, giving one result, or on a list of inputs, giving a list of results."""
 
+    def preparer(self) -> Callable[[str], Tuple[torch.Tensor, Any]]:
+        """A function that can be pickled: path -> the model's input, and what a row says of the file besides.
+
+        It runs in other processes, which have no model.
+
+        Raises:
+            InputError: If this task writes no tables.
+        """
+        raise InputError(f"the task '{self.task}' writes no tables: give a folder as output")
+
+    def rows(self, batch: torch.Tensor, facts: Sequence[Any], **options: Any) -> List[Dict[str, Any]]:
+        """Run the model on what `preparer()` made, stacked: one row of a table for each file."""
+        raise NotImplementedError
+
     @staticmethod
     def run_batches(
             inputs: Sequence[Input],

@@ -1,18 +1,65 @@
-"""Running a pipeline over files and folders: what `vishub predict` does."""
+"""Running a pipeline over files and folders: what `vishub predict` does. Tables of many files: `table.py` beside."""
+import glob
 import itertools
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from vishub.errors import InputError
 from vishub.tasks.base import Pipeline, Result
-from vishub.tasks.images import images_in
+from vishub.tasks.images import walk_images
 
-__all__ = ['predict_files']
+__all__ = ['TABLE_SUFFIXES', 'files_of', 'predict_files', 'progress_bar']
+
+# An output that ends so is a table (`vishub/tasks/table.py`), any other a folder.
+TABLE_SUFFIXES = ('.jsonl', '.parquet')
+
+
+def files_of(inputs: Sequence[str]) -> Iterator[Union[str, InputError]]:
+    """The files that inputs stand for, in order: a file itself, a folder the pictures in it and below, a glob
+    (`photos/**/*.jpg`) what it matches. For an input that stands for nothing, the error that says so.
+
+    A name that is no file, folder or glob is given as it is: decoding says what is wrong with it. Lazy, so that
+    millions of files need no memory.
+    """
+    for item in inputs:
+        if os.path.isdir(item):
+            found: Iterator[str] = walk_images(item)
+            fault = f"the folder '{item}' holds no pictures: give one with files such as .jpg, .png or .webp"
+        elif glob.has_magic(item) and not os.path.lexists(item):
+            # With ** a folder is matched besides what is in it; elsewhere it stands for its pictures.
+            found = itertools.chain.from_iterable(
+                [match] if os.path.isfile(match) else () if '**' in item else walk_images(match)
+                for match in sorted(glob.iglob(item, recursive=True)))
+            fault = f"'{item}' matches no file: give a path or a pattern such as 'photos/**/*.jpg'"
+        else:
+            yield item
+            continue
+        first = next(found, None)
+        if first is None:
+            yield InputError(fault)
+            continue
+        for path in itertools.chain([first], found):
+            yield str(Path(path))
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text('' if speed is None else f'{speed:,.1f}/s', style='progress.data.speed')
+
+
+def progress_bar(**options: Any) -> Progress:
+    """A bar on stderr with count, rate and remaining time, which goes away when done."""
+    return Progress(
+        TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True, **options)
 
 
 def predict_files(
@@ -27,7 +74,7 @@ def predict_files(
 
     Args:
         pipe: The pipeline.
-        inputs: Files and folders. A folder stands for the pictures in it and below.
+        inputs: Files, folders and globs, see `files_of`.
         output: Folder to which `NAME.prediction.json` and `NAME.prediction.png` are written, each whole or not at
             all; a second picture of the same name gets `NAME-2`. None to write nothing.
         **options: Passed to `pipe`.
@@ -45,20 +92,17 @@ def predict_files(
             raise InputError(f"'{output}' cannot be made a folder ({error.strerror}): give another") from error
     paths: List[str] = []
     for item in inputs:
-        if not Path(item).is_dir():
-            paths.append(item)
-            continue
-        try:
-            paths += map(str, images_in(item))
-        except InputError as error:
-            yield item, error
+        for path in files_of([item]):
+            if isinstance(path, InputError):
+                yield item, path
+            else:
+                paths.append(path)
 
     taken: Set[str] = set()
     start = time.monotonic()
     # rich may send what others print to its own console; but the results on stdout are not for stderr.
-    bar = Progress(
-        console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty(),
-        disable=len(paths) < 2 or not sys.stderr.isatty())
+    bar = progress_bar(
+        redirect_stdout=sys.stdout.isatty(), disable=len(paths) < 2 or not sys.stderr.isatty())
     with bar:
         task = bar.add_task('Pictures', total=len(paths), visible=False)
         for path in paths:

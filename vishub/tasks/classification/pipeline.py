@@ -125,6 +125,38 @@ class ClassificationResult(Result):
         draw.text((left + 108, top - 2), text, fill=drawing.MUTED, font=drawing.font(18))
 
 
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a row of a table says of a picture besides its classes.
+
+    Attributes:
+        width, height: Of the decoded picture, in pixels.
+        source: Path.
+        warnings: As in `DecodedImage`.
+    """
+    width: int
+    height: int
+    source: Optional[str]
+    warnings: Tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ImagePreparer:
+    """Path -> the model's input and `ImageFacts`. Knows no model, so it is cheap to send to another process."""
+    transform: Any
+    grey: bool
+
+    def __call__(self, path: str) -> Tuple[torch.Tensor, ImageFacts]:
+        """Decode and prepare one picture: float32, C x H x W, normalised.
+
+        Raises:
+            InputError: If it cannot be decoded, or is too long and thin.
+        """
+        decoded = ClassificationPipeline._decode(path, '')
+        image = decoded.image.convert('L') if self.grey else decoded.image
+        return self.transform(image), ImageFacts(*image.size, decoded.source, decoded.warnings)
+
+
 class ClassificationPipeline(Pipeline):
     """Classify pictures with any model of vishub or timm.
 
@@ -235,16 +267,9 @@ class ClassificationPipeline(Pipeline):
         batch = torch.stack([tensor for tensor, _ in prepared])  # B, C, H, W
         start = time.perf_counter()
         batch = batch.to(self.device)
-        with torch.inference_mode():
-            scores = self.model(batch)
-            # To the CPU inside the clock: it waits for an accelerator to finish.
-            probabilities = scores.float().softmax(dim=-1).cpu()  # B, num_classes
+        probabilities = self._probabilities(batch)
         latency_ms = (time.perf_counter() - start) * 1000 / len(decoded)
-        if not probabilities.isfinite().all():
-            raise InputError(f"'{self.name}' gave scores that are not finite: its weights are damaged")
         num_classes = probabilities.shape[-1]
-        if self.label_names and len(self.label_names) != num_classes:
-            raise InputError(f"'{self.name}' has {num_classes} classes but names for {len(self.label_names)}")
         if heatmap_index is not None and not 0 <= heatmap_index < num_classes:
             raise InputError(f'heatmap_index is {heatmap_index}: give 0 to {num_classes - 1}')
         best, indices = probabilities.topk(min(top_k, num_classes), dim=-1)
@@ -275,6 +300,50 @@ class ClassificationPipeline(Pipeline):
                 warnings=item.warnings + warnings,
             )
             for n, item in enumerate(decoded)
+        ]
+
+    def _probabilities(self, batch: torch.Tensor) -> torch.Tensor:
+        """B, C, H, W -> B, num_classes on the CPU; the copy waits for an accelerator to finish."""
+        with torch.inference_mode():
+            probabilities = self.model(batch.to(self.device, non_blocking=True)).float().softmax(dim=-1).cpu()
+        if not probabilities.isfinite().all():
+            raise InputError(f"'{self.name}' gave scores that are not finite: its weights are damaged")
+        if self.label_names and len(self.label_names) != probabilities.shape[-1]:
+            raise InputError(
+                f"'{self.name}' has {probabilities.shape[-1]} classes but names for {len(self.label_names)}")
+        return probabilities
+
+    def preparer(self) -> ImagePreparer:
+        return ImagePreparer(self.transform, grey=self.input_size[0] == 1)
+
+    def rows(  # type: ignore[override]  # a task names its options
+            self,
+            batch: torch.Tensor,
+            facts: Sequence[ImageFacts],
+            top_k: int = 5,
+    ) -> List[Dict[str, Any]]:
+        """One row of a table a picture; what `ClassificationResult.to_dict` has, without latency and heat map.
+
+        Args:
+            batch: Pictures as `preparer()` made them, B x C x H x W.
+            facts: What it said of them.
+            top_k: How many classes a row has, at most all.
+        """
+        if top_k < 1:
+            raise InputError(f'top_k is {top_k}: give 1 or more')
+        probabilities = self._probabilities(batch)
+        best, indices = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
+        return [
+            {
+                'source': item.source,
+                'model': self.name,
+                'width': item.width,
+                'height': item.height,
+                'predictions': [
+                    {'label': self.label(i), 'index': i, 'probability': p} for i, p in zip(classes, values)],
+                'warnings': list(item.warnings),
+            }
+            for item, classes, values in zip(facts, indices.tolist(), best.tolist())
         ]
 
     def label(self, index: int) -> str:
