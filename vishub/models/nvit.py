@@ -694,6 +694,7 @@ def _create_nvit(variant: str, pretrained: bool = False, **kwargs: Any) -> NViT:
         variant,
         pretrained,
         default_cfgs=default_cfgs,
+        tag_args=tag_args,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
@@ -718,6 +719,13 @@ default_cfgs = generate_default_cfgs({
     'nvit_distilled_patch16_224': _cfg(),
     'nvit': _cfg(input_size=(3, 32, 32), num_classes=10, crop_pct=1.0, classifier='head'),
 })
+
+# The sizes of a pruned model belong to its weights, so they come with the tag. The plain `nvit` is an unpruned one.
+tag_args = {
+    'nvit': dict(
+        img_size=32, patch_size=4, distilled=False, token_scale=False, attn_scale=32 ** -0.5,
+        dims=uniform_dims(128, depth=6, num_heads=4, head_dim=32, mlp_dim=512)),
+}
 
 
 @register_model
@@ -744,7 +752,4 @@ def nvit_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> NViT:
 @register_model
 def nvit(pretrained: bool = False, **kwargs: Any) -> NViT:
     """What `vishub.pruning` exports, sizes and tokens in its arguments; without them a small unpruned ViT (32 px)."""
-    model_args = dict(
-        img_size=32, patch_size=4, num_classes=10, distilled=False, token_scale=False, attn_scale=32 ** -0.5,
-        dims=uniform_dims(128, depth=6, num_heads=4, head_dim=32, mlp_dim=512))
-    return _create_nvit('nvit', pretrained, **dict(model_args, **kwargs))
+    return _create_nvit('nvit', pretrained, **kwargs)
