@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint benchmark chromium clean
+.PHONY: help demo test lint docs benchmark chromium clean
 
 help:  ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,11 @@ test: $(STAMP) chromium  ## set up everything and run the whole suite: make test
 lint: $(STAMP)  ## style, imports and types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+docs: $(STAMP)  ## build the documentation into artifacts/site, with warnings as errors
+	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo 'artifacts/site/index.html'
 
 benchmark: $(STAMP)  ## measure speed; tables and plots go to benchmarks/results
 	@for script in $(filter-out %/timing.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,101 @@
+"""The documentation says what is true: its commands parse, its Python names exist, and it builds without a warning."""
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / 'docs').glob('*.md')) + [ROOT / 'README.md']
+
+
+def blocks(page, language):
+    """Fenced blocks of a page in one language."""
+    return re.findall(rf'^```{language}\n(.*?)^```', page.read_text(encoding='utf-8'), flags=re.M | re.S)
+
+
+def commands(page):
+    """Words behind `vishub` of every command in a page's shell blocks; variables before it are dropped."""
+    for block in blocks(page, 'sh'):
+        for line in block.replace('\\\n', ' ').splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r'[A-Z_]+=.*', words[0]):
+                del words[0]
+            if words[:1] == ['vishub']:
+                yield words[1:]
+
+
+def parse(words):
+    """Parse a command as `vishub` would, down to the last verb, and run nothing."""
+    from vishub.cli import app
+    command, context = typer.main.get_command(app), None
+    while True:
+        with command.make_context(words[0] if words else None, list(words), parent=context) as context:
+            # the rest of a group's words belong to the verb
+            words = [*getattr(context, '_protected_args', []), *context.args]
+            if not hasattr(command, 'commands'):
+                return
+            name, command, words = command.resolve_command(context, words)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_commands_parse(page):
+    for words in commands(page):
+        try:
+            parse(words)
+        except Exception as error:  # typer's own, which has had several homes
+            pytest.fail(f'{page.name}: vishub {shlex.join(words)}: {error}')
+
+
+def test_the_check_of_commands_finds_what_is_wrong():
+    for words, message in (
+            (['trian', 'classification'], 'No such command'),
+            (['info', 'favit_b2', '--no-such-option'], 'No such option'),
+            (['publish', 'a', 'b', 'c'], 'unexpected extra argument'),
+            (['train', 'classification', '--model', 'favit_b2'], 'data'),  # is required
+            (['demo', '--port', 'x'], 'valid integer'),
+    ):
+        with pytest.raises(Exception, match=message):
+            parse(words)
+    assert list(commands(ROOT / 'docs' / 'fine-tune.md'))[-1] == ['demo']
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_python_names_exist(page):
+    for block in blocks(page, 'python'):
+        modules = {}  # local name -> module of ours
+        tree = ast.parse(block)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules.update({alias.name: importlib.import_module(alias.name) for alias in node.names})
+            elif isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                modules.update({alias.name: getattr(module, alias.name) for alias in node.names})
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                assert hasattr(modules[node.value.id], node.attr), f'{page.name}: {ast.unparse(node)}'
+
+
+@pytest.mark.parametrize('page, number', [('index', 0), ('index', 1), ('tokens', 1)])
+def test_python_runs(page, number, tmp_path, monkeypatch):
+    # those blocks that need nothing but the checkout
+    (tmp_path / 'app').symlink_to(ROOT / 'app')
+    monkeypatch.chdir(tmp_path)
+    exec(blocks(ROOT / 'docs' / f'{page}.md', 'python')[number], {})
+
+
+def test_builds_without_warnings(tmp_path):
+    pytest.importorskip('mkdocs')
+    pytest.importorskip('mkdocstrings')
+    done = subprocess.run(
+        [sys.executable, '-m', 'mkdocs', 'build', '--quiet', '--strict', '--site-dir', tmp_path / 'site'], cwd=ROOT,
+        capture_output=True, text=True, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'}, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / 'site' / 'reference' / 'tokens' / 'index.html').read_text(encoding='utf-8')
+    assert 'id="vishub.tokens.reduced.apply"' in page
