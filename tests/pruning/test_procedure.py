@@ -69,9 +69,10 @@ def trained(loaders):
 
 def test_prune_to_half_the_operations(trained, loaders, tmp_path):
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
-    sentences = []
+    sentences, seen = [], []
     pruned = prune(
-        trained, loaders[0], target_flops=0.5, schedule=QUICK, eval_loader=loaders[1], log=sentences.append)
+        trained, loaders[0], target_flops=0.5, schedule=QUICK, eval_loader=loaders[1], log=sentences.append,
+        progress=lambda batch, share: seen.append((batch, share)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
     model, report = pruned
     assert type(model) is NViT and not model.training
@@ -83,6 +84,8 @@ def test_prune_to_half_the_operations(trained, loaders, tmp_path):
     assert report.accuracy['dense'] == pytest.approx(accuracy(model, loaders[1]))
     assert report.accuracy['dense'] > 60  # chance is 25
     assert len(sentences) == len(report.history)
+    assert [batch for batch, _ in seen] == list(range(1, report.batches + 1))
+    assert (seen[0][1], seen[-1][1]) == (1., report.history[-1]['cost'])
     costs = [step['cost'] for step in report.history]
     assert costs == sorted(costs, reverse=True) and costs[-1] <= 0.5 < costs[-2]
 
