@@ -216,6 +216,7 @@ def test_verb_writes_table_json_and_plot(folder, image_folder, tmp_path):
     name = f'tokens_accuracy_{image_folder.name.replace("-", "_")}'
     assert sorted(path.name for path in tmp_path.iterdir()) == [f'{name}.json', f'{name}.md', f'{name}.png']
     report = json.loads((tmp_path / f'{name}.json').read_text())
+    assert report['model'] == folder.name
     assert len(report['rows']) == 1 + 2 * 2 * 3 and report['num_images'] == 12
     table = [line for line in (tmp_path / f'{name}.md').read_text().splitlines() if line.startswith('|')]
     assert len(table) == 2 + len(report['rows']) and len({line.count('|') for line in table}) == 1

@@ -90,9 +90,9 @@ def compare(
         progress: Told how far the work is.
 
     Returns:
-        JSON values: `model`, `num_params`, `data`, `split`, `num_images`, `macs`, `hardware`, `batch_size`, `rounds`,
-        `rows` (the unreduced model first, then by target and accuracy) and `notes` (sentences). A row has `method`,
-        `searched`, `target`, `config`, `macs`, `macs_share`, `overhead`, `overhead_share`, `correct`, `top1`,
+        JSON values: `model`, `num_params`, `data`, `split`, `num_images`, `macs`, `hardware`, `clock`, `batch_size`,
+        `rounds`, `rows` (the unreduced model first, then by target and accuracy) and `notes` (sentences). A row has
+        `method`, `searched`, `target`, `config`, `macs`, `macs_share`, `overhead`, `overhead_share`, `correct`, `top1`,
         `top1_ci95` (Wilson), `change` and `change_ci95` (against the unreduced model, paired), `agreement` (per cent
         of images with its first class), and with `rounds` `latency_ms` (batch 1), `latency_speedup`, `throughput`
         (images/s) and `throughput_speedup` (medians of the rounds' ratios).
@@ -125,7 +125,8 @@ def compare(
         'model': pipe.name, 'num_params': pipe.num_params, 'data': data.name, 'data_tag': data.tag, 'split': split,
         'num_images': len(images), 'macs': full, 'tokens': macs(base).tokens_end[0], 'batch_size': batch_size,
         'rounds': rounds, 'search_trials': search_trials, 'seed': seed, 'device': str(pipe.device),
-        'hardware': describe_hardware(pipe.device), 'rows': rows, 'notes': notes,
+        'hardware': describe_hardware(pipe.device),
+        'clock': 'CPU time' if _clock(pipe.device) is time.process_time else 'wall time', 'rows': rows, 'notes': notes,
     }
 
 
@@ -185,9 +186,13 @@ def _evenly(images: 'ImageSet', most: Optional[int]) -> 'ImageSet':
 
 def _pipeline(model: Union[str, nn.Module], device: Optional[str]) -> 'ClassificationPipeline':
     from vishub.catalog import UnknownNameError
+    from vishub.tasks.classification.metrics import weights_folder
     from vishub.tasks.classification.pipeline import ClassificationPipeline
+    folder = weights_folder(model) if isinstance(model, str) else None
     try:
-        return ClassificationPipeline(model, device)
+        pipe = ClassificationPipeline(f'local-dir:{folder}' if folder else model, device)
+        pipe.name = folder.resolve().name if folder else pipe.name  # reports are no place for paths of this machine
+        return pipe
     except (InputError, UnknownNameError):
         raise
     except WeightsNotFoundError as error:
@@ -328,18 +333,24 @@ def _measure_speed(
     batch, _ = next(_batches(pipe, images, batch_size))
     batch = batch.repeat(math.ceil(batch_size / len(batch)), 1, 1, 1)[:batch_size].to(pipe.device)
     total = (rounds + 1) * len(contenders)
+    clock = _clock(pipe.device)
     for turn in range(rounds + 1):
         start = turn * max(1, len(contenders) // (rounds + 1)) % len(contenders)
         for place, contender in enumerate(contenders[start:] + contenders[:start]):
-            for x, seconds in ((batch[:1], contender.single), (batch, contender.batched)):
-                elapsed = _seconds(contender.model, x)
+            for x, seconds, repeats in ((batch[:1], contender.single, 5), (batch, contender.batched, 1)):
+                elapsed = _seconds(contender.model, x, repeats, clock)
                 if turn:
                     seconds.append(elapsed)
             tell('measuring speed', turn * len(contenders) + place + 1, total)
 
 
-def _seconds(model: nn.Module, x: torch.Tensor) -> float:
-    """Wall time of one forward, the device waited for."""
+def _clock(device: torch.device) -> Callable[[], float]:
+    """CPU time for one thread on the CPU, which other work of the machine does not stretch; else wall time."""
+    return time.process_time if device.type == 'cpu' and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _seconds(model: nn.Module, x: torch.Tensor, repeats: int, clock: Callable[[], float]) -> float:
+    """Time of one forward, the mean of so many, the device waited for."""
     def wait() -> None:
         if x.device.type == 'cuda':
             torch.cuda.synchronize(x.device)
@@ -347,10 +358,11 @@ def _seconds(model: nn.Module, x: torch.Tensor) -> float:
             torch.mps.synchronize()
 
     wait()
-    start = time.perf_counter()
-    model(x)
+    start = clock()
+    for _ in range(repeats):
+        model(x)
     wait()
-    return time.perf_counter() - start
+    return (clock() - start) / repeats
 
 
 def _row(contender: _Contender, base: _Contender, full: int, num: int, batch_size: int) -> Dict[str, Any]:
@@ -446,8 +458,8 @@ def comparison_markdown(report: Mapping[str, Any], command: str = '', plot: str 
         "top-1 are Wilson's; those of the change are paired, since all methods saw the same images.",
     ]
     if report['rounds']:
-        how.append(f'Speeds: {report["hardware"]}, medians of {report["rounds"]} interleaved rounds, fp32; speed-ups '
-                   'are medians of the ratios to the unreduced model in the same round.')
+        how.append(f'Speeds: {report["clock"]} on {report["hardware"]}, fp32, medians of {report["rounds"]} '
+                   'interleaved rounds; speed-ups are medians of the ratios to the unreduced model in the same round.')
     if report['search_trials']:
         how.append(f'Searched: schedule and options by `tokens.search`, {report["search_trials"]} trials on at most '
                    f'{_CALIBRATION_IMAGES} training images, by agreement with the unreduced model, without labels.')
@@ -482,7 +494,7 @@ def save_comparison(report: Mapping[str, Any], folder: Union[str, Path], command
 # Colours that stay apart for the colour-blind (Okabe and Ito); what methods have to beat is grey.
 _STYLES = {
     'tome': ('#0072B2', 'o'), 'zero_tprune': ('#D55E00', 's'), 'token_transforming': ('#009E73', 'D'),
-    'pyra': ('#CC79A7', '^'), 'class_attention': ('#4D4D4D', 'P'), 'uniform': ('#8C8C8C', 'X'),
+    'pyra': ('#CC79A7', 'P'), 'class_attention': ('#4D4D4D', '^'), 'uniform': ('#8C8C8C', 'p'),
     'random': ('#B5B5B5', 'v'),
 }
 _OTHERS = ('#E69F00', '#56B4E9', '#F0E442')
@@ -519,14 +531,15 @@ def plot_comparison(report: Mapping[str, Any], path: Union[str, Path]) -> None:
             line.sort(key=lambda row: -row['macs_share'])
             faint = name in both and not searched  # the same method without search, where both are there
             x, y = [scale * row[key] for row in line], [row['top1'] for row in line]
-            axis.plot(x, y, color=colour, linewidth=1.1 if faint else 1.8, linestyle=':' if faint else '-', zorder=2)
-            tails = [[row['top1'] - row['top1_ci95'][0] for row in line[1:]],
-                     [row['top1_ci95'][1] - row['top1'] for row in line[1:]]]
-            axis.errorbar(
-                x[1:], y[1:], yerr=None if faint else tails, fmt=marker, color=colour, markersize=5.5, zorder=3,
+            axis.plot(
+                x, y, color=colour, linewidth=1.2 if faint else 1.8, linestyle=':' if faint else '-', zorder=3,
+                marker=marker, markevery=slice(1, None), markersize=5 if faint else 6.5,
                 markerfacecolor='white' if faint else colour, markeredgecolor=colour if faint else 'white',
-                markeredgewidth=1.1 if faint else 0.7, elinewidth=0.9, capsize=2.2,
-                label=row_title({'method': name, 'searched': searched}))
+                markeredgewidth=1.1 if faint else 0.7, label=row_title({'method': name, 'searched': searched}))
+            if not faint:
+                tails = [[row['top1'] - row['top1_ci95'][0] for row in line[1:]],
+                         [row['top1_ci95'][1] - row['top1'] for row in line[1:]]]
+                axis.errorbar(x[1:], y[1:], yerr=tails, fmt='none', ecolor=colour, alpha=0.5, elinewidth=1, zorder=2)
         axis.plot([scale * base[key]], [base['top1']], marker='o', color='#000000', markersize=6, zorder=4,
                   linestyle='none')
         axis.set_xlabel(label)
@@ -534,6 +547,8 @@ def plot_comparison(report: Mapping[str, Any], path: Union[str, Path]) -> None:
         axis.spines[['top', 'right']].set_visible(False)
         axis.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    axes[0].set_xticks(sorted({100 * row['target'] for row in report['rows']}))
+    axes[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
     axes[0].invert_xaxis()  # less work to the right, as more speed is in the other panel
     axes[0].annotate(f'unreduced {base["top1"]:.1f} %', (1, base['top1']), xycoords=('axes fraction', 'data'),
                      xytext=(-2, 4), textcoords='offset points', ha='right', fontsize='small')
