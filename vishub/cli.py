@@ -156,6 +156,12 @@ def train_classification(
         weight_decay: float = typer.Option(0.05, help='Weight decay; never on vectors.'),
         clip_grad: float = typer.Option(1.0, help='Largest gradient norm; 0 for none.'),
         ema_decay: Optional[float] = typer.Option(None, help='Decay of the averaged weights; 0 for none.'),
+        layer_decay: Optional[float] = typer.Option(
+            None, help='Factor on the learning rate of each layer before the head, as in 0.75.'),
+        schedule: str = typer.Option('cosine', help='cosine or onecycle.'),
+        patience: int = typer.Option(
+            0, help='Stop after so many validations without progress, and keep the best weights; 0 trains to the end.'),
+        tracker: List[str] = typer.Option([], help='tensorboard, wandb, mlflow …; repeatable.'),
         augmentation: str = typer.Option('medium', help='none, light, medium or heavy.'),
         label_smoothing: float = typer.Option(0.1, help='Label smoothing.'),
         mixup: float = typer.Option(0.2, help='Alpha of mixup; 0 for none.'),
@@ -190,6 +196,7 @@ def train_classification(
     config = TrainConfig(
         output=output, resolution=parse_resolution(resolution), batch_size=batch_size, grad_accum=grad_accum, opt=opt,
         lr=lr, min_lr=min_lr, warmup=warmup, weight_decay=weight_decay, clip_grad=clip_grad, ema_decay=ema_decay,
+        layer_decay=layer_decay, schedule=schedule, patience=patience, tracker=tuple(tracker),
         amp=amp, device=device, channels_last=channels_last, compile=compile, seed=seed, num_workers=num_workers,
         num_threads=num_threads, checkpoint_every=checkpoint_every, validate_every=validate_every,
         time_limit=time_limit, resume=resume, progress=progress)
@@ -227,6 +234,12 @@ def prune_command(
             False, '--labels-only', help="Train on the labels alone, without the unpruned model's answers."),
         teacher: Optional[str] = typer.Option(
             None, help='A classifier of the same classes, whose top answers teach (the distillation head) too.'),
+        layer_decay: Optional[float] = typer.Option(
+            None, help='Factor on the learning rate of each layer before the head, as in 0.75.'),
+        schedule: str = typer.Option('cosine', help='cosine or onecycle.'),
+        patience: int = typer.Option(
+            0, help='Stop after so many validations without progress, and keep the best weights; 0 trains to the end.'),
+        tracker: List[str] = typer.Option([], help='tensorboard, wandb, mlflow …; repeatable.'),
         augmentation: str = typer.Option('light', help='none, light, medium or heavy.'),
         amp: str = typer.Option('no', help='Of the fine-tuning: no, bf16 or fp16.'),
         tag: Optional[str] = typer.Option(None, help='Tag of the weights; the name of the data by default.'),
@@ -277,7 +290,7 @@ def prune_command(
         typer.echo(f'{name}: {" → ".join(figures)}{unit} ({after / before:.3f})')
     typer.echo(
         f'top-1 on the {result.split}: {accuracy["original"]:.2f} % before, {accuracy["dense"]:.2f} % pruned, '
-        f'{accuracy["stored"]:.2f} % fine-tuned')
+        f'{accuracy["stored"]:.2f} % {"fine-tuned" if epochs else "stored"}')
     typer.echo(f'weights and figures: {result.folder}')
 
 

@@ -13,9 +13,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from vishub.errors import InputError
+from vishub.errors import InputError, MissingExtraError
 from vishub.training import TrainConfig, TrainResult, parse_resolution, train
 from vishub.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -246,3 +247,91 @@ def test_config_sides():
     assert config.epochs == 3 and [config.side(epoch) for epoch in range(3)] == [40, 40, 64]
     with pytest.raises(InputError, match='batch_size'):
         dataclasses.replace(config, batch_size=0)
+
+
+# -- best and last, patience, trackers --------------------------------------------------------------------------------
+
+class Scripted(TinyRecipe):
+    """Validates to given figures, one an epoch."""
+
+    figures = (10., 30., 20., 25., 40., 50.)
+
+    def validate(self, model, side, device):
+        self.seen = [*getattr(self, 'seen', []), {k: v.clone() for k, v in model.state_dict().items()}]
+        return {'top1': self.figures[len(self.seen) - 1 + getattr(self, 'offset', 0)]}
+
+
+def make_scripted(offset: int = 0) -> Scripted:
+    recipe = Scripted('tiny', make_data(), augmentation='light', mixup=0.)
+    recipe.offset = offset
+    return recipe
+
+
+def test_patience_ends_with_the_best_weights(tmp_path, capsys):
+    recipe, config = make_scripted(), make_config(tmp_path, resolution=((16, 6),), patience=2)
+    result = train(recipe, config)
+    assert result.finished and result.step == 16 and len(recipe.seen) == 4  # 30, then 20 and 25
+    assert result.metrics == {'top1': 30.}
+    assert all(torch.equal(value, recipe.seen[1][key]) for key, value in result.model.state_dict().items())
+    assert not torch.equal(recipe.seen[1]['head.weight'], recipe.seen[3]['head.weight'])
+    assert 'ends with the weights of epoch 2' in capsys.readouterr().err
+    again = train(make_scripted(4), config)  # the same command trains no further
+    assert again.step == 16 and again.metrics == {'top1': 30.}
+    assert torch.equal(again.model.head.weight, result.model.head.weight)
+    more = train(make_scripted(4), dataclasses.replace(config, patience=5))  # more patience goes on
+    assert more.step == 24 and more.metrics == {'top1': 50.}
+
+
+def test_best_checkpoint_is_of_the_best_validation(tmp_path):
+    recipe = make_scripted()
+    result = train(recipe, make_config(tmp_path, resolution=((16, 4),)))
+    tensors, state = load_checkpoint(tmp_path / 'best.safetensors')
+    assert state['epoch'] == 2 and state['metrics'] == {'top1': 30.}
+    assert all(torch.equal(tensors['model'][key], value) for key, value in recipe.seen[1].items())
+    assert torch.equal(result.model.head.weight, recipe.seen[3]['head.weight'])  # without patience: the last ones
+    with Image.open(tmp_path / 'learning_curves.png') as picture:
+        assert picture.width > 800 and len(picture.convert('L').getcolors()) > 2
+
+
+def test_patience_without_validation_is_refused(tmp_path):
+    recipe = make_recipe()
+    recipe.data = dataclasses.replace(recipe.data, val=None)
+    with pytest.raises(InputError, match='patience needs a validation split'):
+        train(recipe, make_config(tmp_path, patience=1))
+
+
+@pytest.mark.parametrize('options', [{'schedule': 'onecycle', 'warmup': 0.3}, {'layer_decay': 0.7}], ids=str)
+def test_other_schedules_resume_bit_identical(tmp_path, options):
+    whole = train(make_recipe(), make_config(tmp_path / 'whole', **options))
+    train(make_recipe(), make_config(tmp_path / 'parts', max_steps=5, **options))
+    assert_same_run(whole, train(make_recipe(), make_config(tmp_path / 'parts', **options)))
+
+
+def test_checkpoint_from_before_an_option_existed_resumes(tmp_path, uninterrupted):
+    path = train(make_recipe(), make_config(tmp_path, max_steps=5)).checkpoint
+    tensors, state = load_checkpoint(path)
+    for key in ('schedule', 'layer_decay'):
+        del state['fingerprint'][key]
+    save_checkpoint(path, tensors, state)
+    assert_same_run(uninterrupted, train(make_recipe(), make_config(tmp_path)))
+    save_checkpoint(path, tensors, state)
+    with pytest.raises(InputError, match='schedule was cosine, now onecycle'):
+        train(make_recipe(), make_config(tmp_path, schedule='onecycle'))
+
+
+def test_tensorboard_gets_each_epoch(tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(make_scripted(), make_config(tmp_path, tracker=('tensorboard',)))
+    events = EventAccumulator(str(tmp_path / 'tracking'))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars('top1')] == [(4, 10.), (8, 30.), (12, 20.)]
+    assert len(events.Scalars('train_loss')) == 3
+
+
+def test_missing_tracker_says_what_to_install(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match='choose one of tensorboard'):
+        train(make_recipe(), make_config(tmp_path, tracker=('notebook',)))
+    monkeypatch.setattr('importlib.util.find_spec', lambda _name: None)
+    with pytest.raises(MissingExtraError, match="pip install 'comet-ml'"):
+        train(make_recipe(), make_config(tmp_path, tracker=('comet_ml',)))

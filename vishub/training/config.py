@@ -43,6 +43,12 @@ class TrainConfig:
         clip_grad: Largest gradient norm; 0 switches clipping off.
         ema_decay: Decay of the averaged weights; None chooses one that averages over the last tenth of the run,
             0 switches averaging off.
+        layer_decay: Factor on the learning rate of each layer before the head, 0 to 1; None gives all layers the same.
+        schedule: `cosine` (linear rise, cosine fall), or `onecycle` (rise from lr / 25 and fall as cosines; `warmup`
+            is its rise, 0.3 in the paper).
+        patience: Stop after so many validations without a better metric, and end with the best weights; 0 trains to
+            the end and ends with the last weights.
+        tracker: Names of trackers that also get each epoch's figures, as Accelerate calls them: `tensorboard` …
         amp: `no`, `bf16` (CPU, CUDA) or `fp16` (CUDA).
         device: `auto` (CUDA if there is one) or `cpu`.
         channels_last: Keep images and convolution weights in channels-last memory order.
@@ -69,6 +75,10 @@ class TrainConfig:
     weight_decay: float = 0.05
     clip_grad: float = 1.0
     ema_decay: Optional[float] = None
+    layer_decay: Optional[float] = None
+    schedule: str = 'cosine'
+    patience: int = 0
+    tracker: Tuple[str, ...] = ()
     amp: str = 'no'
     device: str = 'auto'
     channels_last: bool = False
@@ -86,7 +96,7 @@ class TrainConfig:
     # Options that may differ between the runs that share a checkpoint; all others decide the weights.
     FREE: ClassVar[Tuple[str, ...]] = (
         'output', 'num_workers', 'num_threads', 'checkpoint_every', 'validate_every', 'time_limit', 'max_steps',
-        'resume', 'progress', 'device', 'compile',
+        'resume', 'progress', 'device', 'compile', 'patience', 'tracker',
     )
 
     def __post_init__(self) -> None:
@@ -97,6 +107,14 @@ class TrainConfig:
                 raise InputError(f'{name} is {getattr(self, name)}; it must be greater than 0')
         if self.amp not in ('no', 'bf16', 'fp16'):
             raise InputError(f"amp is '{self.amp}'; it is one of no, bf16, fp16")
+        if self.schedule not in ('cosine', 'onecycle'):
+            raise InputError(f"schedule is '{self.schedule}'; it is cosine or onecycle")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise InputError(f'layer_decay is {self.layer_decay}; it is above 0 and at most 1')
+        if self.patience < 0:
+            raise InputError(f'patience is {self.patience}; it is a number of validations, or 0')
+        if self.patience and not self.validate_every:
+            raise InputError('patience needs validations: give validate_every, at least 1')
         if self.device not in ('auto', 'cpu'):
             raise InputError(f"device is '{self.device}'; it is auto or cpu")
         if not 0 <= self.warmup < 1:

@@ -10,7 +10,6 @@ part; gradients and the logged loss are means over the processes, validation is 
 decides how the run goes on (a limit, an error) is decided once, for all. Only the main process writes.
 """
 import contextlib
-import csv
 import dataclasses
 import json
 import logging
@@ -24,9 +23,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -34,6 +30,8 @@ from vishub.errors import InputError, import_extra
 from vishub.files import atomic_path
 from vishub.training.checkpoint import load_checkpoint, load_optimizer, optimizer_state, save_checkpoint
 from vishub.training.config import TrainConfig
+from vishub.training.logs import check_trackers, draw_curves, duration, open_log, start_trackers, write_csv
+from vishub.training.optimisation import make_average, make_optimizer, make_schedule, peak_lr
 from vishub.training.output import checkpoint_bytes, rehearse, require_space
 from vishub.training.processes import average, broadcast, on_main, seed_step, sync_buffers
 from vishub.training.recipe import Recipe, SampleKey
@@ -41,7 +39,7 @@ from vishub.training.recipe import Recipe, SampleKey
 __all__ = ['EpochSampler', 'TrainResult', 'rehearse', 'train']
 
 CHECKPOINT_NAME = 'checkpoint.safetensors'
-LOG_FIELDS = ('epoch', 'step', 'side', 'lr', 'train_loss', 'images_per_s', 'wall_s')
+BEST_NAME = 'best.safetensors'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +48,11 @@ class TrainResult:
 
     Attributes:
         model: The trained model (the averaged weights, where averaging is on), in eval mode.
-        finished: False if a time or step limit stopped the run before its end.
+        finished: False if a time or step limit stopped the run before its end; a run that ran out of patience has
+            finished, with the best weights.
         step: Optimizer steps done.
         wall_s: Seconds of training and validation, over all resumes.
-        metrics: The last validation's metrics.
+        metrics: The last validation's metrics; the best one's after a run that ran out of patience.
         checkpoint: Path of the checkpoint.
         folder: Folder of the finished weights, if the recipe stored any.
     """
@@ -65,13 +64,6 @@ class TrainResult:
     metrics: Dict[str, float]
     checkpoint: Path
     folder: Optional[Path] = None
-
-
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min` or `3.4 h`."""
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
 
 
 class EpochSampler(Sampler[List[SampleKey]]):
@@ -95,43 +87,23 @@ class EpochSampler(Sampler[List[SampleKey]]):
             yield [(self.epoch, int(index), side) for index in order[start:start + batch]]
 
 
-def open_log(output: Path, name: str) -> logging.Logger:
-    """A logger that appends to `output/training.log`."""
-    logger = logging.getLogger(f'vishub.training.{name}')
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    handler = logging.FileHandler(output / 'training.log', encoding='utf-8')
-    handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
-    logger.addHandler(handler)
-    return logger
-
-
-def write_csv(path: Path, rows: List[Dict[str, Any]]) -> None:
-    """Write the epochs' rows; columns are `LOG_FIELDS` and the validation's metrics."""
-    fields = list(LOG_FIELDS) + sorted({key for row in rows for key in row} - set(LOG_FIELDS))
-    with atomic_path(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
     """Train `recipe` as `config` says, or continue from the checkpoint in `config.output`.
 
-    Writes `checkpoint.safetensors`, `log.csv` (a row an epoch) and `training.log` to the output folder, and what the
-    recipe's `finish` stores. Prints a line an epoch to stderr: loss, validation metric, time left. Works under plain
-    `python`, `accelerate launch` and `torchrun`.
+    Writes `checkpoint.safetensors` (what a run continues from), `best.safetensors` (the weights of the best
+    validation), `log.csv` (a row an epoch), `training.log` and `learning_curves.png` to the output folder, before it
+    trains the recipe's preview as `augmentation.png`, and at the end what the recipe's `finish` stores.
+    Prints a line an epoch to stderr: loss, validation metric, time left. Works under plain `python`, `accelerate
+    launch` and `torchrun`.
 
     Raises:
         InputError: If the output folder cannot be written, the checkpoint there belongs to other options, or the
             data is too small for one batch.
-        MissingExtraError: If accelerate is not installed.
+        MissingExtraError: If accelerate, or a tracker's package, is not installed.
         FloatingPointError: If the loss is not finite.
     """
     accelerate = import_extra('accelerate', 'train')
+    check_trackers(config.tracker)
     output = Path(config.output)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
@@ -139,7 +111,8 @@ def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
     # the others wait while the main process evaluates and stores the weights
     patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=3))
     accelerator = accelerate.Accelerator(
-        mixed_precision=config.amp, cpu=config.device == 'cpu', kwargs_handlers=[patience])
+        mixed_precision=config.amp, cpu=config.device == 'cpu', kwargs_handlers=[patience],
+        log_with=list(config.tracker) or None, project_dir=str(output))
     try:
         on_main(lambda: rehearse(output))
         return _Run(recipe, config, output, accelerator).train()
@@ -160,6 +133,8 @@ class _Run:
         self.device = accelerator.device
         self.main = accelerator.is_main_process
         self.logger = open_log(output, 'main') if self.main else logging.getLogger('vishub.training.other')
+        if config.patience and not recipe.validates:
+            raise InputError('patience needs a validation split, and there is none')
         self.data = recipe.train_set()
         self.micro_batches = len(self.data) // (config.batch_size * accelerator.num_processes)
         self.steps_per_epoch = self.micro_batches // config.grad_accum
@@ -173,28 +148,9 @@ class _Run:
         self.model = recipe.build_model().to(self.device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        # torch's own Adam has a fused form, on the CPU three times as fast as the default; others may not know it
-        fused = {'fused': True} if config.opt in ('adam', 'adamw') else {}
-        try:
-            optimizer = create_optimizer_v2(
-                self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay,
-                filter_bias_and_bn=True,  # vectors and the model's no_weight_decay() are left out of the decay
-                **fused)
-        except ValueError as error:
-            raise InputError(f"opt is '{config.opt}': {error}") from error
-        self.schedule = CosineLRScheduler(
-            optimizer,
-            t_initial=self.total_steps,
-            lr_min=config.min_lr,
-            warmup_t=round(config.warmup * self.total_steps),
-            t_in_epochs=False,
-        )
-        self.ema: Optional[ModelEmaV3] = None
-        decay = config.ema_decay
-        if decay is None:
-            decay = max(0., 1. - 10. / self.total_steps)  # averages over about the last tenth of the run
-        if decay > 0:
-            self.ema = ModelEmaV3(self.model, decay=decay, use_warmup=True)
+        optimizer = make_optimizer(self.model, config)
+        self.schedule = make_schedule(optimizer, config, self.total_steps)
+        self.ema = make_average(self.model, config, self.total_steps)
 
         self.step = 0  # optimizer steps done
         self.loss_sum = 0.  # of the steps done in this epoch
@@ -208,10 +164,15 @@ class _Run:
             self.load()
 
         self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        start_trackers(accelerator, self.fingerprint())
         if config.compile:
             self.wrapped.compile(dynamic=False)
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
+
+    @property
+    def best(self) -> Path:
+        return self.output / BEST_NAME
 
     @property
     def checkpoint(self) -> Path:
@@ -225,9 +186,10 @@ class _Run:
         return json.loads(json.dumps(options))  # as it comes back from a checkpoint: without tuples
 
     def check_space(self) -> None:
+        weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         require_space(
-            self.output, checkpoint_bytes(self.model, averaged=self.ema is not None), 0,
-            has_last=self.checkpoint.exists(), has_best=False)
+            self.output, checkpoint_bytes(self.model, averaged=self.ema is not None), weights,
+            has_last=self.checkpoint.exists(), has_best=self.best.exists())
 
     def wall(self) -> float:
         return self.wall_before + time.perf_counter() - self.started
@@ -255,7 +217,8 @@ class _Run:
         if not self.checkpoint.exists():
             return
         tensors, state = load_checkpoint(self.checkpoint)
-        mine, theirs = self.fingerprint(), state['fingerprint']
+        # options that came later than the checkpoint had no other value than today's default
+        mine, theirs = self.fingerprint(), {**TrainConfig(output='').fingerprint(), **state['fingerprint']}
         changed = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
         if changed:
             detail = '; '.join(f'{key} was {theirs.get(key)}, now {mine.get(key)}' for key in changed)
@@ -299,6 +262,7 @@ class _Run:
         seed_step(config.seed, self.step + 1, self.accelerator.process_index)
         self.schedule.step_update(self.step)
         self.wrapped.train()
+        self.recipe.train_mode(self.model)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         for part in range(config.grad_accum):
@@ -341,9 +305,12 @@ class _Run:
         self.started = time.perf_counter()
         self.logger.info('%d steps of %d: %s', self.total_steps, config.batch_size, self.fingerprint())
         if self.step < self.total_steps:
+            on_main(self.preview)
+            for remark in self.recipe.remarks():
+                self.console.print(remark)
             self.console.print(
                 f'{len(self.data):,} samples, {config.epochs} epochs of {self.steps_per_epoch} steps on {self.device}')
-        stop = False
+        stop = early = self.out_of_patience()  # a run that had ended so is not trained on
         columns = (
             TextColumn('{task.description}'), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn('{task.fields[note]}'))
@@ -374,7 +341,15 @@ class _Run:
                     self.save()
                     whole = (time.perf_counter() - epoch_start) * self.steps_per_epoch / done  # resumes see a part
                     self.say(whole)
-        return self.end()
+                    early = self.step < self.total_steps and self.out_of_patience()
+                    stop = stop or early
+        return self.end(early)
+
+    def preview(self) -> None:
+        picture = self.recipe.preview(self.config.side(0))
+        if picture is not None:
+            with atomic_path(self.output / 'augmentation.png') as temporary:
+                picture.save(temporary)
 
     def out_of_budget(self) -> bool:
         config = self.config
@@ -387,23 +362,36 @@ class _Run:
     def end_epoch(self, epoch: int, side: int, images_per_s: float) -> None:
         config = self.config
         last = epoch == config.epochs - 1
+        validated: Dict[str, float] = {}
         if config.validate_every and (last or (epoch + 1) % config.validate_every == 0):
-            self.metrics = self.validate(side)
-            validated = self.metrics
-        else:
-            validated = {}
+            self.metrics = validated = self.validate(side)
         row = {
             'epoch': epoch + 1, 'step': self.step, 'side': side,
-            'lr': round(self.raw_optimizer.param_groups[0]['lr'], 9),
+            'lr': round(peak_lr(self.raw_optimizer), 9),
             'train_loss': round(self.loss_sum / self.steps_per_epoch, 5),
             'images_per_s': round(images_per_s, 1), 'wall_s': round(self.wall(), 1), **validated,
         }
         self.loss_sum = 0.
         self.rows.append(row)
+        if self.main and self.validations_since_best() == 0:
+            save_checkpoint(self.best, {'model': self.final_model().state_dict()}, {
+                'fingerprint': self.fingerprint(), 'step': self.step, 'epoch': epoch + 1, 'metrics': self.metrics})
+        self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=self.step)
         if self.main:
             write_csv(self.output / 'log.csv', self.rows)
             self.logger.info(' '.join(
                 f'{key} {value:.5g}' if isinstance(value, float) else f'{key} {value}' for key, value in row.items()))
+
+    def validations_since_best(self) -> Optional[int]:
+        """Validations behind the best one, as the rows tell; 0 if the last epoch was the best, None without any."""
+        if not self.rows or self.recipe.metric not in self.rows[-1]:
+            return None
+        values = [row[self.recipe.metric] for row in self.rows if self.recipe.metric in row]
+        return len(values) - 1 - values.index(max(values))
+
+    def out_of_patience(self) -> bool:
+        behind = self.validations_since_best()
+        return bool(self.config.patience and behind is not None and behind >= self.config.patience)
 
     def say(self, seconds: float) -> None:
         """Print the last epoch's line; `seconds` is what a whole epoch at its side takes."""
@@ -417,8 +405,17 @@ class _Run:
             f'{row["images_per_s"]:.0f} images/s, {duration(row["wall_s"])} so far'
             + (f', about {duration(left)} left' if left else ''))
 
-    def end(self) -> TrainResult:
-        finished = self.step >= self.total_steps
+    def end(self, early: bool) -> TrainResult:
+        finished = early or self.step >= self.total_steps
+        if early:
+            tensors, state = load_checkpoint(self.best)
+            self.final_model().load_state_dict(tensors['model'])
+            self.metrics = state['metrics']
+            self.console.print(
+                f'no better {self.recipe.metric} for {self.config.patience} validations: '
+                f'ends with the weights of epoch {state["epoch"]}')
+        if self.main and self.rows:
+            draw_curves(self.rows, self.recipe.metric, self.output / 'learning_curves.png')
         result = TrainResult(
             model=self.final_model(), finished=finished, step=self.step, wall_s=self.wall(), metrics=self.metrics,
             checkpoint=self.checkpoint)

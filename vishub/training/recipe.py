@@ -1,9 +1,10 @@
 """What a task must say so that the one training loop can train it."""
 import abc
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -49,6 +50,23 @@ class Recipe(abc.ABC):
     @abc.abstractmethod
     def loss(self, output: Any, targets: Any) -> torch.Tensor:
         """Mean loss of a batch, a scalar."""
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation split."""
+        return True
+
+    def train_mode(self, model: nn.Module) -> None:
+        """Called at every step with the model in training mode: a recipe may put frozen parts into eval mode."""
+        return
+
+    def remarks(self) -> Sequence[str]:
+        """Lines that a user should read before training, known once the model is built."""
+        return ()
+
+    def preview(self, side: int) -> Optional[Image.Image]:
+        """A picture of augmented training samples as the model gets them; None where there is none."""
+        return None
 
     def validate(self, model: nn.Module, side: int, device: torch.device) -> Optional[Dict[str, float]]:
         """Metrics on the validation split; None where there is none. `model` is in eval mode, gradients are off.

@@ -165,6 +165,10 @@ class ClassificationRecipe(Recipe):
         smoothing = self.label_smoothing if targets.ndim == 1 else 0.
         return F.cross_entropy(output, targets, label_smoothing=smoothing)
 
+    @property
+    def validates(self) -> bool:
+        return self.data.val is not None
+
     def validate(self, model: nn.Module, side: int, device: torch.device) -> Optional[Dict[str, float]]:
         split = self.data.val
         if split is None:
