@@ -370,14 +370,15 @@ def _store(
     report = dataclasses.replace(
         report, accuracy={**report.accuracy, 'stored': round(figures['metrics']['top1'], 4)})
     report.save(folder)
-    card = {'licence': licence, 'description': _description(report, original, split), 'limits': [
+    description = _description(report, original, split, training['epochs'])
+    card = {'licence': licence, 'description': description, 'limits': [
         'Pruning keeps what matters for these data: it forgets more than the unpruned model outside of them.']}
     metrics = {'data': data.name, 'split': split, 'training': dict(training), **figures}
     save_folder(model, folder, metrics=metrics, card=card, model_args=args)
     return PrunedFolder(folder, report, split, figures['metrics'])
 
 
-def _description(report: PruningReport, original: str, split: str) -> str:
+def _description(report: PruningReport, original: str, split: str, epochs: int) -> str:
     """The card's first paragraphs: what was pruned, and what it cost and gained."""
     (kind, asked), = report.target.items()
     original = Path(original.removeprefix('local-dir:')).name if original.startswith('local-dir:') else original
@@ -390,13 +391,13 @@ def _description(report: PruningReport, original: str, split: str) -> str:
     if report.seconds:
         slow, fast = (1000 * seconds for seconds in report.seconds)
         rows.append(f'| Milliseconds a batch | {slow:.2f} | {fast:.2f} | {fast / slow:.3f} |')
-    rows += [
-        f'| Top-1 (%), {split} | {accuracy["original"]:.2f} | {accuracy["stored"]:.2f} | |',
-        f'| Top-1 (%) before fine-tuning | | {accuracy["dense"]:.2f} | |',
-    ]
+    rows.append(f'| Top-1 (%), {split} | {accuracy["original"]:.2f} | {accuracy["stored"]:.2f} | |')
+    if epochs:
+        rows.append(f'| Top-1 (%) before fine-tuning | | {accuracy["dense"]:.2f} | |')
     return (
-        f'`{original}` pruned by Hessian-aware saliency to {asked:.2f} of its {kind}, then fine-tuned. Every block has '
-        f'sizes of its own: [pruning.md](pruning.md), figures in [pruning.json](pruning.json).\n\n'
+        f'`{original}` pruned by Hessian-aware saliency to {asked:.2f} of its {kind}'
+        f'{", then fine-tuned" if epochs else ""}. Every block has sizes of its own: [pruning.md](pruning.md), figures '
+        'in [pruning.json](pruning.json).\n\n'
         + '\n'.join(rows) + '\n\n![Remaining sizes per block](pruning.png)\n')
 
 

@@ -25,7 +25,8 @@ class PruningReport:
         params: Parameters, before and after.
         seconds: Measured median time of a batch on this device, before and after; None where it was not asked for.
         accuracy: Top-1 in per cent of the `original`, `masked` (dead units zero) and `dense` model, without
-            fine-tuning after the last step. Masked and dense differ where the embedding shrank.
+            fine-tuning after the last step. Masked and dense differ where the embedding shrank. `stored`, where there
+            is one, is the model as it was saved, after fine-tuning.
         batches: Batches used in all.
         history: One entry a pruning step: `batch`, `loss`, `cost` (share), `dims`.
     """
