@@ -370,7 +370,7 @@ class LocalConv(nn.Module):
 
 
 class CrossConv(nn.Conv2d):
-    """Depthwise 7x7 convolution with stride 4 that condenses a map to cross tokens, (B, C, h, w) -> (B, C, h / 4, w / 4).
+    """Depthwise 7x7 convolution with stride 4 that condenses a map (B, C, h, w) to cross tokens (B, C, h / 4, w / 4).
 
     On a side of at most 3 pixels only a part of the kernel meets the map; just that part is used, which gives the same
     numbers. The whole kernel must not be: for such maps oneDNN's bfloat16 gradient of the weights (channels last, as of

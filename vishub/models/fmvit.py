@@ -50,7 +50,9 @@ def merge_norm(weight: torch.Tensor, norm: nn.Module) -> Tuple[torch.Tensor, tor
 class MergeableConv(nn.Module):
     """Base of the modules that train as branches with BatchNorm and are deployed as one convolution with a bias.
 
-    Either form has an attribute `conv`, and `conv.bias` tells the deployed form: no training form has that parameter.
+    A module gives `merged_kernel()`, the kernel and bias of the one convolution that equals it in eval mode, and
+    `merge_into_conv(weight, bias)`, which replaces its branches by that convolution. Either form has an attribute
+    `conv`, and `conv.bias` tells the deployed form: no training form has that parameter.
     """
 
     @property
@@ -59,14 +61,6 @@ class MergeableConv(nn.Module):
 
     # torch.jit compiles properties unless told not to, and this one is no part of forward().
     __jit_unused_properties__ = ['is_merged']
-
-    def merged_kernel(self) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Kernel and bias of the one convolution that equals this module in eval mode."""
-        raise NotImplementedError
-
-    def merge_into_conv(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Replace the branches by one convolution with this kernel and bias."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def reparameterize(self) -> None:

@@ -1,8 +1,8 @@
 """Small plain vision transformers, the ground on which token reduction and pruning are measured.
 
 They are timm's own `VisionTransformer`, twelve blocks deep as DeiT is (so that published layer choices of token
-reduction apply unchanged), but half as wide as DeiT-Ti and with patches of 2 pixels: a 28-pixel image has the 197 tokens
-of a DeiT at 224 pixels, a 32-pixel image has 257.
+reduction apply unchanged), but half as wide as DeiT-Ti and with patches of 2 pixels: a 28-pixel image has the 197
+tokens of a DeiT at 224 pixels, a 32-pixel image has 257.
 
 Paper: `An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale` - https://arxiv.org/abs/2010.11929
 

@@ -4,6 +4,7 @@ Each `step` below mirrors the forward of one block class, attention written out,
 attention and MLP and needs its keys. With reduction off it computes what the block itself computes. Forward hooks on
 blocks and attention modules do not run (the step calls what is inside them); hooks on their layers do.
 """
+import abc
 from typing import Any, FrozenSet, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -155,7 +156,7 @@ def relative_bias(holder: nn.Module, index: torch.Tensor) -> torch.Tensor:
     return holder.relative_position_bias_table[pairs].permute(0, 3, 1, 2).contiguous()
 
 
-class Backbone:
+class Backbone(abc.ABC):
     """What the loop must know of a family. `shared` is what all blocks of one call share: rotary rows, bias, grid."""
     model_types: Tuple[type, ...] = ()
     block_types: Tuple[type, ...] = ()
@@ -185,14 +186,14 @@ class Backbone:
         """Blocks use positions, so that tokens must remember theirs."""
         return False
 
+    @abc.abstractmethod
     def embed(self, model: nn.Module, images: torch.Tensor) -> Tuple[torch.Tensor, Any]:
         """Images (B, C, H, W) -> tokens before the first block (B, N, D), and what the blocks share."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, model: nn.Module, x: torch.Tensor, state: State, shared: Any, task: Task,
              ) -> Tuple[torch.Tensor, State]:
         """Block `task.layer`: (B, N, D) -> (B, N', D)."""
-        raise NotImplementedError
 
     def heads(self, block: nn.Module) -> Heads:
         attn = block.attn

@@ -3,6 +3,7 @@
 A method is one object a model. It holds settings only: what changes from call to call travels in `State`, made fresh in
 every forward, so that one model serves many threads.
 """
+import abc
 import difflib
 import math
 from typing import Any, ClassVar, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
@@ -154,7 +155,7 @@ class Counts:
         return {'keep': dict(self.keep)} if self.keep else {'tokens_after': dict(self.tokens_after)}
 
 
-class Method:
+class Method(abc.ABC):
     """Base of all methods. A new one sets the class attributes and writes `reduce`.
 
     Attributes:
@@ -210,13 +211,13 @@ class Method:
         """Read how many tokens stay."""
         self.counts = Counts(self.layout, **config)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:  # noqa: B027, a method may need nothing here
         """Check the method's own options against each other and the model."""
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module) -> None:  # noqa: B027, a method may need nothing here
         """Add the method's parameters to the model, if it has any."""
 
-    def detach(self, model: nn.Module) -> None:
+    def detach(self, model: nn.Module) -> None:  # noqa: B027, a method may need nothing here
         """Take them away again."""
 
     def count(self, layer: int, tokens: int) -> int:
@@ -232,9 +233,9 @@ class Method:
             counts.append(tokens)
         return counts
 
+    @abc.abstractmethod
     def reduce(self, x: torch.Tensor, state: State, seen: Seen) -> Tuple[torch.Tensor, State]:
         """(B, N, D) -> (B, seen.count, D), prefix tokens first and untouched, and the state that belongs to it."""
-        raise NotImplementedError
 
     def overhead(self, layer: int, before: int, after: int, heads: int, head_dim: int, width: int) -> int:
         """Multiply-accumulates of deciding (not of the tokens' own way) at a block that reduces `before` to `after`."""
