@@ -370,7 +370,7 @@ def _store(
     report = dataclasses.replace(
         report, accuracy={**report.accuracy, 'stored': round(figures['metrics']['top1'], 4)})
     report.save(folder)
-    description = _description(report, original, split, training['epochs'])
+    description = _description(report, original, split, training)
     card = {'licence': licence, 'description': description, 'limits': [
         'Pruning keeps what matters for these data: it forgets more than the unpruned model outside of them.']}
     metrics = {'data': data.name, 'split': split, 'training': dict(training), **figures}
@@ -378,19 +378,21 @@ def _store(
     return PrunedFolder(folder, report, split, figures['metrics'])
 
 
-def _description(report: PruningReport, original: str, split: str, epochs: int) -> str:
+def _description(report: PruningReport, original: str, split: str, training: Mapping[str, Any]) -> str:
     """The card's first paragraphs: what was pruned, and what it cost and gained."""
     (kind, asked), = report.target.items()
+    epochs = training['epochs']
     original = Path(original.removeprefix('local-dir:')).name if original.startswith('local-dir:') else original
     accuracy, (macs, fewer_macs), (params, fewer_params) = report.accuracy, report.macs, report.params
     rows = [
         '| | unpruned | pruned | share |', '|---|---|---|---|',
-        f'| Multiply-accumulates (M) | {macs / 1e6:.1f} | {fewer_macs / 1e6:.1f} | {fewer_macs / macs:.3f} |',
+        f'| Multiply-accumulates | {macs:,} | {fewer_macs:,} | {fewer_macs / macs:.3f} |',
         f'| Parameters | {params:,} | {fewer_params:,} | {fewer_params / params:.3f} |',
     ]
     if report.seconds:
         slow, fast = (1000 * seconds for seconds in report.seconds)
-        rows.append(f'| Milliseconds a batch | {slow:.2f} | {fast:.2f} | {fast / slow:.3f} |')
+        batch = training['recipe']['latency_batch_size']
+        rows.append(f'| Milliseconds a batch of {batch} | {slow:.2f} | {fast:.2f} | {fast / slow:.3f} |')
     rows.append(f'| Top-1 (%), {split} | {accuracy["original"]:.2f} | {accuracy["stored"]:.2f} | |')
     if epochs:
         rows.append(f'| Top-1 (%) before fine-tuning | | {accuracy["dense"]:.2f} | |')
