@@ -171,6 +171,7 @@ def test_limit_takes_evenly_and_splits_are_told():
     (dict(rounds=-1), 'rounds is -1'),
     (dict(split='training'), 'it is test, val or all'),
     (dict(split='all'), 'has a test split'),
+    (dict(split='all', search_trials=2), 'apart from those that are measured'),
     (dict(device='tpu9'), 'not a device'),
     (dict(data=some_data(val=None, test=None)), 'Noise has no val split'),
     (dict(data=ImageData('Two', 'two', ('a', 'b'), *[ImageSet(np.zeros((2, 32, 32, 3), np.uint8), [0, 1])] * 3)),

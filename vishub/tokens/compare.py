@@ -102,6 +102,8 @@ def compare(
             a method named here cannot work on the model or meet a target.
     """
     chosen, targets = _check(methods, targets, limit, batch_size, rounds, search_trials)
+    if search_trials and split == 'all':
+        raise InputError('a search needs images apart from those that are measured, and split=all leaves none')
     images, split = _images(data, split, limit)
     pipe = _pipeline(model, device)
     from vishub.tasks.classification.metrics import class_order
