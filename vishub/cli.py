@@ -140,7 +140,8 @@ app.add_typer(train_app, name='train')
 @train_app.command('classification')
 def train_classification(
         model: str = typer.Option(..., help='Model name, e.g. favit_b2; any model of timm will do.'),
-        data: Path = typer.Option(..., help='Image folder, CIFAR-10 or Fashion-MNIST folder, packed CIFAR-10 (.npz).'),
+        data: str = typer.Option(
+            ..., help='Image folder, CSV (path,label), hf:org/name, CIFAR-10 or Fashion-MNIST folder, packed (.npz).'),
         output: Path = typer.Option(..., help='Folder for the checkpoint, the logs and the finished weights.'),
         resolution: str = typer.Option('64:10', help='side:epochs, one after the other, as in 40:6,64:4.'),
         model_arg: List[str] = typer.Option([], help='Argument of the model, as in window_size=3; repeatable.'),
@@ -162,7 +163,11 @@ def train_classification(
         patience: int = typer.Option(
             0, help='Stop after so many validations without progress, and keep the best weights; 0 trains to the end.'),
         tracker: List[str] = typer.Option([], help='tensorboard, wandb, mlflow …; repeatable.'),
-        augmentation: str = typer.Option('medium', help='none, light, medium or heavy.'),
+        augmentation: str = typer.Option(
+            'medium', help='none, light, medium, heavy, or an albumentations .json or .yaml.'),
+        freeze: List[str] = typer.Option([], help='Parameters not trained, as in stem or stages.0.*; repeatable.'),
+        linear_probe: bool = typer.Option(False, '--linear-probe', help='Train the classifier alone.'),
+        class_weights: Optional[str] = typer.Option(None, help='balanced: rare classes count as much as frequent.'),
         label_smoothing: float = typer.Option(0.1, help='Label smoothing.'),
         mixup: float = typer.Option(0.2, help='Alpha of mixup; 0 for none.'),
         cutmix: float = typer.Option(0.0, help='Alpha of cutmix; 0 for none.'),
@@ -202,7 +207,8 @@ def train_classification(
         time_limit=time_limit, resume=resume, progress=progress)
     model_args = {**parse_model_args(model_arg), **({'pretrained': True} if pretrained else {})}
     recipe = ClassificationRecipe(
-        model, data, model_args=model_args, augmentation=augmentation,
+        model, data, model_args=model_args, augmentation=augmentation, freeze=freeze,
+        linear_probe=linear_probe, class_weights=class_weights,
         label_smoothing=label_smoothing, mixup=mixup, cutmix=cutmix, mix_prob=mix_prob, validate_on=validate_on,
         in_chans=in_chans, check=check, seed=seed, tag=tag, command='vishub ' + shlex.join(sys.argv[1:]))
     result = train(recipe, config)
@@ -217,7 +223,8 @@ def train_classification(
 @app.command('prune')
 def prune_command(
         model: str = typer.Argument(help='A trained ViT or DeiT: a name with weights, or local-dir:FOLDER.'),
-        data: Path = typer.Option(..., help='Image folder, CIFAR-10 or Fashion-MNIST folder, packed CIFAR-10 (.npz).'),
+        data: str = typer.Option(
+            ..., help='Image folder, CSV (path,label), hf:org/name, CIFAR-10 or Fashion-MNIST folder, packed (.npz).'),
         output: Path = typer.Option(..., help='Folder in which nvit.TAG, the pruned weights, is made.'),
         target_latency: Optional[float] = typer.Option(None, help="Share of the blocks' time on this device, 0 to 1."),
         target_flops: Optional[float] = typer.Option(None, help='Multiply-accumulates: a share, 0 to 1, or a number.'),
@@ -234,12 +241,6 @@ def prune_command(
             False, '--labels-only', help="Train on the labels alone, without the unpruned model's answers."),
         teacher: Optional[str] = typer.Option(
             None, help='A classifier of the same classes, whose top answers teach (the distillation head) too.'),
-        layer_decay: Optional[float] = typer.Option(
-            None, help='Factor on the learning rate of each layer before the head, as in 0.75.'),
-        schedule: str = typer.Option('cosine', help='cosine or onecycle.'),
-        patience: int = typer.Option(
-            0, help='Stop after so many validations without progress, and keep the best weights; 0 trains to the end.'),
-        tracker: List[str] = typer.Option([], help='tensorboard, wandb, mlflow …; repeatable.'),
         augmentation: str = typer.Option('light', help='none, light, medium or heavy.'),
         amp: str = typer.Option('no', help='Of the fine-tuning: no, bf16 or fp16.'),
         tag: Optional[str] = typer.Option(None, help='Tag of the weights; the name of the data by default.'),
@@ -297,7 +298,8 @@ def prune_command(
 @app.command('evaluate')
 def evaluate_command(
         model: str = typer.Argument(help='Name, e.g. favit_b2.cifar10, or folder of weights.'),
-        data: Path = typer.Option(..., help='Image folder, CIFAR-10 or Fashion-MNIST folder, packed CIFAR-10 (.npz).'),
+        data: str = typer.Option(
+            ..., help='Image folder, CSV (path,label), hf:org/name, CIFAR-10 or Fashion-MNIST folder, packed (.npz).'),
         split: str = typer.Option('test', help='test or val.'),
         peer: List[str] = typer.Option([], help='Another model, measured on the same images; repeatable.'),
         robust: bool = typer.Option(False, '--robustness', help='Also under noise, blur, contrast and occlusion.'),
@@ -556,8 +558,10 @@ def _predict_table(model: str, inputs: List[str], output: Path, device: Optional
 
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
-        # On the CPU: only lists of parts are exchanged. A process may wait long for one with a slower share.
-        dist.init_process_group('gloo', timeout=timedelta(days=7))
+        try:  # on the CPU, for only lists of parts are exchanged; a process may wait long for one with a slower share
+            dist.init_process_group('gloo', timeout=timedelta(days=7))
+        except ValueError as error:
+            raise vishub.InputError(f'start several processes with torchrun or accelerate launch ({error})') from error
         if device is None and torch.cuda.is_available():
             device = f'cuda:{int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count()}'
     try:
@@ -576,7 +580,8 @@ def _predict_table(model: str, inputs: List[str], output: Path, device: Optional
         typer.echo(
             f'{report.output}: {report.num_rows:,} pictures{before}, {report.seconds:.1f} s, '
             f'{now / report.seconds:.1f} files/s')
-    if report.num_skipped:
+    # A launcher takes any code but 0 for a process that died, and may start all of them again.
+    if report.num_skipped and (world == 1 or not report.num_rows):
         raise typer.Exit(1 if report.num_rows else 2)
 
 
