@@ -69,7 +69,8 @@ def test_trains_better_than_chance(trained):
     folder = output / 'favit_small64.colours'
     assert out == f'weights and figures: {folder}\n'
     assert sorted(file.name for file in output.iterdir()) == [
-        'checkpoint.safetensors', 'favit_small64.colours', 'log.csv', 'training.log']
+        'augmentation.png', 'best.safetensors', 'checkpoint.safetensors', 'favit_small64.colours',
+        'learning_curves.png', 'log.csv', 'training.log']
     metrics = json.loads((folder / 'metrics.json').read_text())
     assert metrics['metrics']['top1_ci95'][0] > 25  # chance
     assert (metrics['data'], metrics['split'], metrics['num_test']) == ('Colour cards', 'test split', 20)
@@ -229,3 +230,75 @@ def test_refused_before_training(tmp_path, monkeypatch, capsys, changes, message
     assert code == 2 and message in err and out == ''
     assert len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / 'out' / 'favit_small64.good').exists()
+
+
+# -- fine-tuning ------------------------------------------------------------------------------------------------------
+
+def test_linear_probe_from_a_csv(trained, tmp_path, capsys):
+    """Weights of four classes, probed for two: the head is new and said so, the rest stays as it was."""
+    *_, pictures, output = trained
+    lines = [
+        f'{file},{"grey" if file.parent.name == "white" else "coloured"}'
+        for file in sorted((pictures / 'train').rglob('*.png'))]
+    (tmp_path / 'kinds.csv').write_text('\n'.join(['path,label', *lines]))
+    folder = output / 'favit_small64.colours'
+    code, out, err = run(
+        capsys, 'train', 'classification', '--model', f'local-dir:{folder}', '--pretrained', '--linear-probe',
+        '--class-weights', 'balanced', '--data', tmp_path / 'kinds.csv', '--output', tmp_path / 'out',
+        '--resolution', '48:2', '--batch-size', 8, '--lr', 1e-2, '--device', 'cpu', '--no-progress')
+    assert code == 0, err
+    assert 'head re-initialised for 2 classes; the pretrained one told 4 apart' in err.splitlines()
+    assert 'parameters are trained, the others are frozen' in err
+    before = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+    stored = out.strip().removeprefix('weights and figures: ')
+    after = timm.create_model(f'local-dir:{stored}', pretrained=True).state_dict()
+    for name, value in after.items():
+        if not name.startswith('head'):
+            assert torch.allclose(value.float(), before[name].float(), atol=1e-3, rtol=1e-3), name
+    with Image.open(tmp_path / 'out' / 'augmentation.png') as picture:
+        assert picture.size == (8 * 128, 4 * (128 + 14))
+
+
+def test_frozen_patterns_reach_the_model():
+    recipe = ClassificationRecipe(
+        'favit_small64', make_data(), model_args={'embed_dims': (16, 32, 64, 128)}, freeze=['stages.0', 'stages.1'])
+    model = recipe.build_model()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and not any(name.startswith(('stages.0.', 'stages.1.')) for name in trained)
+    assert 'frozen' in recipe.remarks()[0]
+    model.train()
+    recipe.train_mode(model)
+    assert not model.stages[0].training and model.stages[2].training
+
+
+def test_balanced_weights_let_classes_count_alike():
+    data = make_data()
+    data.train.labels[:] = [0] * 18 + [1] * 4 + [2] * 2
+    recipe = ClassificationRecipe('favit_small64', data, mixup=0., label_smoothing=0., class_weights='balanced')
+    output = torch.tensor([[1., 0., 0.]]).repeat(24, 1)
+    labels = torch.from_numpy(data.train.labels)
+    each = -output[0].log_softmax(0)
+    assert float(recipe.loss(output, labels)) == pytest.approx(float(each.mean()))  # one third each
+    shares = torch.nn.functional.one_hot(labels, 3).float()
+    assert float(recipe.loss(output, shares)) == pytest.approx(float(each.mean()))
+    halves = [recipe.loss(output[part], labels[part]) for part in (slice(0, 12), slice(12, 24))]
+    assert float(sum(halves) / 2) == pytest.approx(float(each.mean()))  # two processes
+
+
+def test_preview_shows_what_the_model_gets():
+    data = make_data(side=16)
+    data.train.images[:] = 0
+    data.train.images[data.train.labels == 1] = 255
+    recipe = ClassificationRecipe('favit_small64', data, augmentation='none', mixup=0.)
+    recipe.mean, recipe.std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    grid = np.asarray(recipe.preview(16))
+    assert grid.shape == (3 * 142, 8 * 128, 3)  # 24 samples
+    tiles = [grid[row * 142 + 80, column * 128 + 64].tolist() for row in range(3) for column in range(8)]
+    assert sorted(map(tuple, tiles)) == [(0, 0, 0)] * 16 + [(255, 255, 255)] * 8
+
+
+@pytest.mark.parametrize('options,message', [
+    ({'class_weights': 'rare'}, 'it is balanced'), ({'freeze': ['stem'], 'linear_probe': True}, 'exclude each other')])
+def test_refused_options(options, message):
+    with pytest.raises(InputError, match=message):
+        ClassificationRecipe('favit_small64', make_data(), **options)

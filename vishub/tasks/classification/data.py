@@ -1,4 +1,4 @@
-"""Labelled images for classification: image folders, CIFAR-10 and Fashion-MNIST, as arrays of uint8.
+"""Labelled images for classification: image folders, CSV files, CIFAR-10 and Fashion-MNIST, as arrays of uint8.
 
 Small sets are decoded once and kept in memory, since on a few cores decoding would cost as much as training.
 Augmentation (albumentations) works on the images as stored; resizing to the training side and normalising are done
@@ -8,24 +8,27 @@ import dataclasses
 import gzip
 import io
 import pickle
-import random
 import struct
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vishub.errors import InputError, import_extra
+from vishub.errors import InputError
+from vishub.tasks.augmentation import AUGMENTATIONS, Augmentation, check_policy, make_augmentation
 from vishub.tasks.images import decode_image, images_in
 from vishub.training.recipe import SampleKey
 
-__all__ = ['AUGMENTATIONS', 'AugmentedSet', 'ImageData', 'ImageSet', 'Indices', 'load_data', 'make_augmentation']
+__all__ = [
+    'AUGMENTATIONS', 'AugmentedSet', 'ImageData', 'ImageSet', 'Indices', 'load_data', 'make_augmentation',
+    'with_validation_of_each_class',
+]
 
 VALIDATION_SHARE = 0.1  # 5,000 of CIFAR-10's training images, 6,000 of Fashion-MNIST's
 CIFAR10_CLASSES = (
@@ -35,20 +38,19 @@ FASHION_MNIST_CLASSES = (
 
 # class indices, or indices of images
 Indices = Union[Sequence[int], np.ndarray]
-# uint8 HWC -> uint8 HWC
-Augmentation = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 class ImageSet:
     """Images with labels, in memory or on disk.
 
     Args:
-        images: uint8 array `(N, H, W, C)`, or paths of image files.
+        images: uint8 array `(N, H, W, C)`, or paths of image files, or objects whose `read()` gives what
+            `decode_image` takes.
         labels: Class index of every image.
         in_chans: Channels that images of files are decoded to: 1 grey, 3 RGB.
     """
 
-    def __init__(self, images: Union[np.ndarray, Sequence[Path]], labels: Indices, in_chans: int = 3):
+    def __init__(self, images: Union[np.ndarray, Sequence[Any]], labels: Indices, in_chans: int = 3):
         if len(images) != len(labels):
             raise InputError(f'{len(images)} images but {len(labels)} labels')
         self.images = images
@@ -67,7 +69,8 @@ class ImageSet:
         """Image `index` as uint8 `(H, W, C)`; a file is decoded as the pipeline does (upright, white behind it)."""
         if isinstance(self.images, np.ndarray):
             return self.images[index]
-        image = decode_image(self.images[index]).image
+        source = self.images[index]
+        image = decode_image(source if isinstance(source, Path) else source.read()).image
         array = np.asarray(image.convert('L') if self.in_chans == 1 else image)
         return array.reshape(*array.shape[:2], self.in_chans)
 
@@ -175,7 +178,9 @@ def load_data(
             * a folder with torchvision's `cifar-10-batches-py`, or that folder;
             * a folder with Fashion-MNIST's `train-images-idx3-ubyte.gz` … (also unpacked, also in
               `FashionMNIST/raw`);
-            * a folder of class folders of images, or one with `train`, and `val`, `test` where there are any.
+            * a folder of class folders of images, or one with `train`, and `val`, `test` where there are any;
+            * a CSV file with the columns `path,label` and, if wanted, `split`; see `sources.load_csv`;
+            * `hf:org/name`, a data set of the Hugging Face Hub; see `sources.load_hub_dataset`.
         in_chans: 1 reads the images of folders as grey, 3 as RGB. The other kinds have their own.
         val_share: Share of the images of an image folder without `val` that becomes the validation split (every
             class alike, chosen by a fixed seed).
@@ -184,19 +189,27 @@ def load_data(
     Raises:
         InputError: If nothing of the kind lies there, or it is damaged.
     """
+    from vishub.tasks.classification.sources import HUB_PREFIX, load_csv, load_hub_dataset  # they import this module
+    if str(path).startswith(HUB_PREFIX):
+        return _checked(load_hub_dataset(str(path), in_chans, val_share), check)
     path = Path(path)
     if path.is_file() and path.suffix == '.npz':
         return _load_packed(path)
+    if path.is_file() and path.suffix.lower() == '.csv':
+        return _checked(load_csv(path, in_chans, val_share), check)
     if not path.is_dir():
         fault = 'is a file of another kind' if path.exists() else 'does not exist'
-        raise InputError(f"data '{path}' {fault}; give an image folder, a torchvision folder or an .npz file")
+        raise InputError(f"data '{path}' {fault}; give an image folder, a torchvision folder, a .csv or an .npz file")
     for folder in (path / 'cifar-10-batches-py', path):
         if (folder / 'data_batch_1').is_file():
             return _load_cifar10(folder)
     for folder in (path / 'FashionMNIST' / 'raw', path / 'raw', path):
         if any((folder / f'train-images-idx3-ubyte{suffix}').is_file() for suffix in ('', '.gz')):
             return _load_fashion_mnist(folder)
-    data = _load_folder(path, in_chans, val_share)
+    return _checked(_load_folder(path, in_chans, val_share), check)
+
+
+def _checked(data: ImageData, check: bool) -> ImageData:
     if check:
         for images in (data.train, data.val, data.test):
             if images is not None:
@@ -371,6 +384,13 @@ def _load_folder(path: Path, in_chans: int, val_share: float) -> ImageData:
     test = read(path / 'test') if has_splits and (path / 'test').is_dir() else None
     if val_folder is not None:
         return ImageData(name, tag, tuple(classes), train, read(val_folder), test)
+    return with_validation_of_each_class(name, tag, classes, train, test, val_share)
+
+
+def with_validation_of_each_class(
+        name: str, tag: str, classes: Sequence[str], train: ImageSet, test: Optional[ImageSet],
+        val_share: float) -> ImageData:
+    """Splits a share of each class's training images off as validation split, chosen by a fixed seed."""
     chosen = []
     for label in range(len(classes)):
         of_class = np.flatnonzero(train.labels == label)
@@ -380,81 +400,17 @@ def _load_folder(path: Path, in_chans: int, val_share: float) -> ImageData:
     return ImageData(name, tag, tuple(classes), train.take(rest), train.take(val) if len(val) else None, test)
 
 
-# -- augmentation -----------------------------------------------------------------------------------------------------
-
-AUGMENTATIONS = ('none', 'light', 'medium', 'heavy')
-
-
-def _check_policy(policy: str) -> None:
-    if policy not in AUGMENTATIONS:
-        raise InputError(f"augmentation '{policy}' is unknown; choose one of {', '.join(AUGMENTATIONS)}")
-
-
-def make_augmentation(policy: str, size: Tuple[int, int], fixed_size: bool) -> Augmentation:
-    """An albumentations policy by name; its randomness comes from the generator that it is called with.
-
-    Args:
-        policy: `none`; `light` (shifted or resized crop, mirror); `medium` (also colour and sometimes a hole);
-            `heavy` (also rotation and scale, stronger colour, more holes).
-        size: (height, width) of the result.
-        fixed_size: Whether all images have that size already (then crops shift by an eighth over reflected borders)
-            or are files of any size (then crops are resized, or, for `none`, the whole image is).
-
-    Raises:
-        InputError: If there is no such policy.
-        MissingExtraError: If albumentations is not installed.
-    """
-    _check_policy(policy)
-    A = import_extra('albumentations', 'train')
-    reflect = 2  # cv2.BORDER_REFLECT
-    height, width = size
-    steps: list = []
-    if policy == 'none':
-        steps = [] if fixed_size else [A.Resize(height, width)]
-    else:
-        if fixed_size:
-            steps += [
-                A.Pad((width // 8, height // 8, width // 8, height // 8), border_mode=reflect),
-                A.RandomCrop(height, width)]
-        else:
-            steps += [A.RandomResizedCrop(size, scale=(0.35 if policy == 'light' else 0.2, 1.))]
-        steps += [A.HorizontalFlip(p=0.5)]
-    if policy in ('medium', 'heavy'):
-        strength = 0.2 if policy == 'medium' else 0.4
-        hole = ((height // 5, height // 3), (width // 5, width // 3))
-        if policy == 'heavy':
-            steps += [A.Affine(scale=(0.8, 1.2), rotate=(-15, 15), shear=(-8, 8), border_mode=reflect, p=0.5)]
-        steps += [
-            A.ColorJitter(
-                brightness=strength, contrast=strength, saturation=strength, hue=0.1 * strength,
-                p=0.5 if policy == 'medium' else 0.8),
-            A.CoarseDropout(
-                num_holes_range=(1, 1 if policy == 'medium' else 2), hole_height_range=hole[0],
-                hole_width_range=hole[1], fill=128, p=0.25 if policy == 'medium' else 0.5)]
-    compose = A.Compose(steps)
-
-    def augment(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        if not steps:
-            return image
-        # albumentations draws from one generator of numpy and one of Python
-        compose.set_random_state(generator, random.Random(int(generator.integers(1 << 62))))
-        result = compose(image=image)['image']
-        return result if result.ndim == 3 else result[..., None]  # cv2 drops the channel of grey images
-
-    return augment
-
-
 class AugmentedSet(Dataset):
     """Training samples: `(image uint8 (C, H, W), label)` as a pure function of (seed, epoch, index, side).
 
     Args:
         images: The images.
-        policy: Name of the augmentation.
+        policy: Name of the augmentation, or path of a file that describes it.
         seed: Seed of the augmentation.
     """
 
     def __init__(self, images: ImageSet, policy: str, seed: int = 0):
-        _check_policy(policy)
+        check_policy(policy)
         self.images, self.policy, self.seed = images, policy, seed
         self._augmentations: Dict[int, Augmentation] = {}
 

@@ -3,20 +3,25 @@ import ast
 import logging
 import platform
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
+from torch.utils.data import default_collate
 
 from vishub import catalog
 from vishub.errors import InputError
+from vishub.tasks.augmentation import check_policy, describe_policy
 from vishub.tasks.base import pretrained_cfg_of
 from vishub.tasks.classification.data import AugmentedSet, ImageData, load_data
 from vishub.tasks.classification.metrics import classification_metrics, measure, predict_logits
 from vishub.tasks.classification.pipeline import ClassificationPipeline
 from vishub.training.config import TrainConfig
+from vishub.training.freezing import freeze as freeze_parameters
+from vishub.training.freezing import freeze_all_but_head, rest_frozen
 from vishub.training.loop import TrainResult
 from vishub.training.processes import gather_shares, my_share
 from vishub.training.recipe import Recipe
@@ -79,7 +84,11 @@ class ClassificationRecipe(Recipe):
         model: Name that `timm.create_model` knows (own architectures included), e.g. `favit_small64`.
         data: Path for `load_data`, or data already read.
         model_args: Further arguments of the model, e.g. `{'window_size': 3}`.
-        augmentation: Policy name of `data.AUGMENTATIONS`.
+        augmentation: Policy name of `data.AUGMENTATIONS`, or an albumentations JSON or YAML file.
+        freeze: Patterns of parameter names that are not trained, e.g. `['stem', 'stages.[01].*']`.
+        linear_probe: Train the classifier alone.
+        class_weights: `balanced` weighs each image by N / (K * images of its class), so that every class counts alike
+            over an epoch; None weighs all images alike.
         label_smoothing: Share of the target spread over all classes.
         mixup: Alpha of mixup (Zhang et al. 2018); 0 switches it off.
         cutmix: Alpha of cutmix (Yun et al. 2019); 0 switches it off. With both, each batch takes one by chance.
@@ -101,6 +110,9 @@ class ClassificationRecipe(Recipe):
             *,
             model_args: Optional[Mapping[str, Any]] = None,
             augmentation: str = 'medium',
+            freeze: Sequence[str] = (),
+            linear_probe: bool = False,
+            class_weights: Optional[str] = None,
             label_smoothing: float = 0.1,
             mixup: float = 0.2,
             cutmix: float = 0.,
@@ -112,7 +124,14 @@ class ClassificationRecipe(Recipe):
             tag: Optional[str] = None,
             command: str = '',
     ):
+        if class_weights not in (None, 'balanced'):
+            raise InputError(f"class_weights is '{class_weights}'; it is balanced, or not given")
+        if freeze and linear_probe:
+            raise InputError('freeze and linear_probe exclude each other: a linear probe freezes all but the head')
+        check_policy(augmentation)
         self.model_name, self.model_args = model, dict(model_args or {})
+        self.freeze, self.linear_probe, self.class_weights = tuple(freeze), linear_probe, class_weights
+        self._remarks: List[str] = []
         read = data if isinstance(data, ImageData) else load_data(data, in_chans, check=check)
         self.data = read.with_validation_on(validate_on)
         self.augmentation, self.label_smoothing = augmentation, label_smoothing
@@ -120,6 +139,7 @@ class ClassificationRecipe(Recipe):
         self.validate_on, self.seed, self.command = validate_on, seed, command
         self.tag = tag or self.data.tag
         self.num_classes = len(self.data.classes)
+        self.loss_weights = balanced_weights(self.data.train.labels, self.num_classes) if class_weights else None
         # Channel statistics of the training images, from at most 2000 of them, evenly spread.
         self.mean, self.std = channel_statistics(self.data)
         self._mix = None
@@ -132,8 +152,11 @@ class ClassificationRecipe(Recipe):
     def describe(self) -> Dict[str, Any]:
         return {
             'model': self.model_name, 'model_args': self.model_args, 'data': self.data.name,
-            'augmentation': self.augmentation, 'label_smoothing': self.label_smoothing, 'mixup': self.mixup,
-            'cutmix': self.cutmix, 'mix_prob': self.mix_prob, 'validate_on': self.validate_on,
+            'augmentation': describe_policy(self.augmentation), 'label_smoothing': self.label_smoothing,
+            'mixup': self.mixup, 'cutmix': self.cutmix, 'mix_prob': self.mix_prob, 'validate_on': self.validate_on,
+            # None is what checkpoints have that are older than these options
+            'freeze': list(self.freeze) or None, 'linear_probe': self.linear_probe or None,
+            'class_weights': self.class_weights,
         }
 
     def build_model(self) -> nn.Module:
@@ -143,10 +166,43 @@ class ClassificationRecipe(Recipe):
         if ':' not in self.model_name and not timm.is_model(self.model_name.removeprefix('vishub/').split('.')[0]):
             raise catalog.unknown('model', self.model_name, timm.list_models())
         try:
-            return timm.create_model(
+            model = timm.create_model(
                 self.model_name, num_classes=self.num_classes, in_chans=self.data.train.in_chans, **self.model_args)
         except (TypeError, ValueError) as error:
             raise InputError(f"model '{self.model_name}' refuses its arguments {self.model_args}: {error}") from error
+        self._remarks = []
+        told = pretrained_cfg_of(model).get('num_classes')
+        if self.model_args.get('pretrained') and told != self.num_classes:
+            self._remarks.append(
+                f'head re-initialised for {self.num_classes} classes; the pretrained one told {told} apart')
+        if self.linear_probe:
+            freeze_all_but_head(model)
+        elif self.freeze:
+            freeze_parameters(model, self.freeze)
+        total, trained = (
+            sum(p.numel() for p in model.parameters() if p.requires_grad or whole) for whole in (True, False))
+        if trained < total:
+            self._remarks.append(f'{trained:,} of {total:,} parameters are trained, the others are frozen')
+        return model
+
+    def remarks(self) -> Sequence[str]:
+        return self._remarks
+
+    def train_mode(self, model: nn.Module) -> None:
+        if self.linear_probe or self.freeze:
+            rest_frozen(model)
+
+    def preview(self, side: int) -> Optional[Image.Image]:
+        samples = self.train_set()
+        count = min(32, len(samples)) // 2 * 2  # mixup mixes pairs
+        if count == 0:
+            return None
+        indices = np.random.default_rng([self.seed, 0]).permutation(len(samples))[:count]
+        batch = default_collate([samples[0, int(index), side] for index in indices])
+        inputs, targets = self.prepare(batch, side, training=True)
+        shares = targets if targets.ndim == 2 else F.one_hot(targets, self.num_classes).float()
+        mean, std = (inputs.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return sample_grid(inputs * std + mean, shares, self.data.classes)
 
     def train_set(self) -> AugmentedSet:
         return AugmentedSet(self.data.train, self.augmentation, self.seed)
@@ -163,7 +219,11 @@ class ClassificationRecipe(Recipe):
     def loss(self, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         # mixed targets are shares of classes, already smoothed
         smoothing = self.label_smoothing if targets.ndim == 1 else 0.
-        return F.cross_entropy(output, targets, label_smoothing=smoothing)
+        if self.loss_weights is None:
+            return F.cross_entropy(output, targets, label_smoothing=smoothing)
+        weights = self.loss_weights.to(output.device)
+        # divided by the number of images, not by the sum of their weights: so that many processes give what one gives
+        return F.cross_entropy(output, targets, weight=weights, label_smoothing=smoothing, reduction='none').mean()
 
     @property
     def validates(self) -> bool:
@@ -235,6 +295,35 @@ class ClassificationRecipe(Recipe):
             return {'split': None, 'num_test': 0, 'metrics': {}}
         pipe = ClassificationPipeline(f'local-dir:{folder}', device)
         return {'split': f'{name} split', **measure(pipe, split, self.data.classes)}
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> torch.Tensor:
+    """Weight of each class, float32 `(K,)`: N / (K * its images), so that the weights' mean over the images is 1."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return torch.tensor(len(labels) / (num_classes * np.maximum(counts, 1)), dtype=torch.float32)
+
+
+def sample_grid(images: torch.Tensor, shares: torch.Tensor, classes: Sequence[str]) -> Image.Image:
+    """A grid of samples, eight a row, each under the classes that it counts for.
+
+    Args:
+        images: `(B, C, H, W)`, values 0 to 1 (others are clipped), one or three channels.
+        shares: Share of each class in each image, `(B, K)`, 0 to 1.
+        classes: K names.
+    """
+    tile, line, columns = 128, 14, 8
+    rows = -(-len(images) // columns)
+    grid = Image.new('RGB', (tile * min(columns, len(images)), rows * (tile + line)), 'white')
+    draw = ImageDraw.Draw(grid)
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # B, H, W, C
+    for number, (picture, share) in enumerate(zip(pixels, shares)):
+        left, top = number % columns * tile, number // columns * (tile + line)
+        shown = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).convert('RGB')
+        grid.paste(shown.resize((tile - 2, tile - 2), Image.Resampling.NEAREST), (left + 1, top + line))
+        parts = [(float(v), i) for v, i in zip(*share.topk(min(2, len(classes))))]
+        text = ', '.join(f'{classes[i]} {v:.0%}' if v < 0.995 else classes[i] for v, i in parts if v > 0.05)
+        draw.text((left + 2, top + 1), text[:tile // 6], fill='black')
+    return grid
 
 
 def channel_statistics(data: ImageData, count: int = 2000) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
