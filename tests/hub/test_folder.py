@@ -145,7 +145,7 @@ def test_annotate_adds_peers_and_robustness(saved, tmp_path):
         card={'robustness_plot': 'robustness.png'},
     )
     text = (folder / 'README.md').read_text()
-    assert '| pvt_v2_b0 | 3,400,000 | 13.00 | – | 2.0 h |' in text
+    assert '| pvt_v2_b0 | – | 3,400,000 | 13.00 | – | 2.0 h |' in text
     assert f'| {NAME} | noise | 11.00 | 10.50 |' in text
     assert '](robustness.png)' in text
     with pytest.raises(vishub.InputError, match='sha256'):

@@ -171,13 +171,14 @@ def _training(metrics: Mapping[str, Any]) -> str:
     recipe = training.get('recipe', '–')
     if isinstance(recipe, Mapping):
         recipe = ', '.join(f'{key} {value}' for key, value in recipe.items())
+    note = f'- Note: {training["note"]}\n' if training.get('note') else ''
     return f"""## Training
 
 - Data: {metrics.get('data', '–')}
 - Recipe: {recipe}
 - Epochs: {training.get('epochs', '–')}, seed {training.get('seed', '–')}
 - Time: {_duration(training.get('wall_s'))} on {training.get('hardware', '–')}
-
+{note}
 ```sh
 {training.get('command', '')}
 ```
@@ -194,17 +195,19 @@ def _peers(name: str, metrics: Mapping[str, Any]) -> str:
         'num_params': metrics['num_params'],
         'metrics': metrics['metrics'],
         'wall_s': metrics.get('training', {}).get('wall_s'),
+        'epochs': metrics.get('training', {}).get('epochs', '–'),
     }
     rows = [
         [
             entry['name'],
+            str(entry.get('epochs', '–')),
             f'{entry["num_params"]:,}',
             *(_number(entry['metrics'].get(key)) for key in keys),
             _duration(entry.get('wall_s')),
         ]
         for entry in (own, *peers)
     ]
-    header = ['Model', 'Parameters', *(_METRIC_TITLES.get(key, key) for key in keys), 'Training time']
+    header = ['Model', 'Epochs', 'Parameters', *(_METRIC_TITLES.get(key, key) for key in keys), 'Training time']
     epochs = metrics.get('training', {}).get('epochs')
     same = all(peer.get('epochs', epochs) == epochs for peer in peers)
     return f'## Peers {"under the same budget" if same else "on the same data"}\n\n' + _table(header, rows)
