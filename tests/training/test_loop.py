@@ -20,7 +20,7 @@ from vishub.errors import InputError, MissingExtraError
 from vishub.training import TrainConfig, TrainResult, parse_resolution, train
 from vishub.training.checkpoint import load_checkpoint, save_checkpoint
 
-pytest.importorskip('accelerate')
+accelerate = pytest.importorskip('accelerate')
 pytest.importorskip('albumentations')
 
 from vishub.tasks.classification.data import ImageData, ImageSet
@@ -335,3 +335,33 @@ def test_missing_tracker_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda _name: None)
     with pytest.raises(MissingExtraError, match="pip install 'comet-ml'"):
         train(make_recipe(), make_config(tmp_path, tracker=('comet_ml',)))
+
+
+class ScaledAccelerator:
+    """Accelerate with the loss scaler that it has for fp16 on a GPU; the CPU knows the scaler, but no fp16 training."""
+
+    def __new__(cls, *arguments, **options):
+        accelerator = REAL_ACCELERATOR(*arguments, **options)
+        accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 10, growth_interval=5)
+        return accelerator
+
+
+REAL_ACCELERATOR = accelerate.Accelerator
+
+
+def test_scaler_is_part_of_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr('accelerate.Accelerator', ScaledAccelerator)
+    whole = train(make_recipe(), make_config(tmp_path / 'whole'))
+    for stop in (3, 7):
+        part = train(make_recipe(), make_config(tmp_path / 'parts', max_steps=stop))
+    scaler = load_checkpoint(part.checkpoint)[1]['scaler']
+    assert (scaler['scale'], scaler['_growth_tracker']) == (2. ** 11, 2)  # doubled at step 5, two steps ago
+    result = train(make_recipe(), make_config(tmp_path / 'parts'))
+    assert_same_run(whole, result)
+    scalers = [load_checkpoint(run.checkpoint)[1]['scaler'] for run in (whole, result)]
+    assert scalers[0] == scalers[1] and scalers[0]['scale'] == 2. ** 12
+
+
+def test_fp16_on_the_cpu_is_refused(tmp_path):
+    with pytest.raises(InputError, match='needs a CUDA device'):
+        train(make_recipe(), make_config(tmp_path, amp='fp16'))

@@ -108,6 +108,8 @@ def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
 
+    if config.amp == 'fp16' and (config.device == 'cpu' or not torch.cuda.is_available()):
+        raise InputError('amp is fp16, which needs a CUDA device; on the CPU choose bf16 or no')
     # the others wait while the main process evaluates and stores the weights
     patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=3))
     accelerator = accelerate.Accelerator(

@@ -16,6 +16,7 @@ from vishub.tasks.classification.data import ImageData, ImageSet
 from vishub.tasks.classification.metrics import (
     CORRUPTIONS,
     SEVERITIES,
+    calibration_bins,
     class_report,
     classification_metrics,
     corrupt,
@@ -207,6 +208,26 @@ def test_plot_robustness(tmp_path):
         assert image.width > 1000 and len(image.convert('L').getcolors()) > 2
 
 
+def test_calibration_bins_are_those_of_the_error(tmp_path):
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(0, 2, (400, 4))).float()
+    labels = np.where(rng.random(400) < 0.6, logits.argmax(1).numpy(), rng.integers(0, 4, 400))
+    table = calibration_bins(logits, labels)
+    assert len(table) == 15 and sum(row['count'] for row in table) == 400
+    filled = [row for row in table if row['count']]
+    assert all(row['low'] < row['confidence'] <= row['high'] for row in filled)
+    error = sum(row['count'] * abs(row['accuracy'] - row['confidence']) for row in filled) / 400
+    ece = classification_metrics(logits, labels)['ece']
+    assert error == pytest.approx(ece, abs=1e-4) and ece > 0.05
+    certain = calibration_bins(torch.tensor([[100., 0.], [100., 0.]]), [0, 1])
+    assert certain[-1] == {
+        'low': pytest.approx(14 / 15, abs=1e-5), 'high': 1., 'count': 2, 'confidence': 1., 'accuracy': 0.5}
+    assert certain[0]['count'] == 0 and certain[0]['accuracy'] is None
+    plot_calibration(table, ece, tmp_path / 'plot.png')
+    with Image.open(tmp_path / 'plot.png') as image:
+        assert image.height > 500 and len(image.convert('L').getcolors()) > 2
+
+
 # -- vishub evaluate --------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
@@ -253,7 +274,7 @@ def test_evaluate_writes_report_plots_and_card(stored, tmp_path, capsys):
     report = json.loads(out)
     assert json.loads((tmp_path / 'out' / 'evaluation.json').read_text()) == report
     assert sorted(file.name for file in (tmp_path / 'out').iterdir()) == [
-        'confusion.png', 'evaluation.json', 'robustness.png']
+        'calibration.png', 'confusion.png', 'evaluation.json', 'robustness.png']
 
     # the same figure as the pipeline, picture by picture
     pipe = ClassificationPipeline(f'local-dir:{folder}', 'cpu')

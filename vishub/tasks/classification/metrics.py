@@ -156,6 +156,34 @@ def class_report(logits: torch.Tensor, labels: Indices, classes: Sequence[str]) 
     return {'classes': report, 'confusion': confusion.tolist()}
 
 
+def calibration_bins(logits: torch.Tensor, labels: Indices, bins: int = 15) -> List[Dict[str, Any]]:
+    """Confidence and accuracy by bins of confidence: the reliability diagram of Guo et al. 2017 (arXiv:1706.04599).
+
+    Args:
+        logits: float `(N, K)`.
+        labels: N class indices.
+        bins: Number of bins of equal width over 0 to 1; a bin holds its upper end.
+
+    Returns:
+        A dictionary a bin: `low`, `high` (its ends), `count`, and `confidence`, `accuracy` (means, 0 to 1; None in an
+        empty bin). Their count-weighted mean distance is the `ece` of `classification_metrics`.
+    """
+    confidence, predicted = logits.softmax(1).max(1)
+    right = (predicted == torch.as_tensor(np.asarray(labels), dtype=torch.long)).double()
+    edges = torch.linspace(0, 1, bins + 1)
+    place = torch.bucketize(confidence, edges[1:-1])
+    table = []
+    for number in range(bins):
+        inside = place == number
+        count = int(inside.sum())
+        table.append({
+            'low': round(float(edges[number]), 5), 'high': round(float(edges[number + 1]), 5), 'count': count,
+            'confidence': round(float(confidence[inside].double().mean()), 5) if count else None,
+            'accuracy': round(float(right[inside].mean()), 5) if count else None,
+        })
+    return table
+
+
 # -- robustness -------------------------------------------------------------------------------------------------------
 
 def corrupt(image: torch.Tensor, kind: str, severity: int, seed: Sequence[int] = (0,)) -> torch.Tensor:
@@ -282,7 +310,8 @@ def measure(
         advance: See `predict_logits`.
 
     Returns:
-        `num_test` (images), `metrics` (see `classification_metrics`), `report` (see `class_report`).
+        `num_test` (images), `metrics` (see `classification_metrics`), `report` (see `class_report`) with
+        `calibration` (see `calibration_bins`).
 
     Raises:
         InputError: If the model has other classes, or scores that are not finite.
@@ -291,7 +320,8 @@ def measure(
     return {
         'num_test': len(images),
         'metrics': classification_metrics(logits, images.labels),
-        'report': class_report(logits, images.labels, classes),
+        'report': {
+            **class_report(logits, images.labels, classes), 'calibration': calibration_bins(logits, images.labels)},
     }
 
 
@@ -408,16 +438,17 @@ def _display_name(model: str, folder: Optional[Path], is_peer: bool) -> str:
 # -- report and card --------------------------------------------------------------------------------------------------
 
 def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List[Path]:
-    """Write what `evaluate` found: evaluation.json, confusion.png and, if it was measured, robustness.png.
+    """Write what `evaluate` found: evaluation.json, confusion.png, calibration.png, robustness.png if measured.
 
     Returns:
         The files.
     """
     folder = Path(folder)
-    files = [folder / 'evaluation.json', folder / 'confusion.png']
+    files = [folder / 'evaluation.json', folder / 'confusion.png', folder / 'calibration.png']
     with atomic_path(files[0]) as temporary:
         temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     plot_confusion(report['report']['confusion'], list(report['report']['classes']), files[1])
+    plot_calibration(report['report']['calibration'], report['metrics']['ece'], files[2])
     if 'robustness' in report:
         files.append(folder / 'robustness.png')
         plot_robustness(report['robustness'], files[-1])
