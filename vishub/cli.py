@@ -304,7 +304,8 @@ def evaluate_command(
         peer: List[str] = typer.Option([], help='Another model, measured on the same images; repeatable.'),
         robust: bool = typer.Option(False, '--robustness', help='Also under noise, blur, contrast and occlusion.'),
         robustness_images: int = typer.Option(2000, min=1, help='Evenly spread images that robustness is measured on.'),
-        output: Optional[Path] = typer.Option(None, help='Folder for evaluation.json, confusion.png, calibration.png …'),
+        output: Optional[Path] = typer.Option(
+            None, help='Folder for evaluation.json, confusion.png, calibration.png, robustness.png.'),
         write_card: bool = typer.Option(
             False, '--update-card', help="Write the figures into the weights folder's metrics.json and README.md."),
         as_json: bool = typer.Option(False, '--json', help='Print the report as JSON and nothing else on stdout.'),

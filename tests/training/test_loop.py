@@ -20,7 +20,7 @@ from vishub.errors import InputError, MissingExtraError
 from vishub.training import TrainConfig, TrainResult, parse_resolution, train
 from vishub.training.checkpoint import load_checkpoint, save_checkpoint
 
-accelerate = pytest.importorskip('accelerate')
+pytest.importorskip('accelerate')
 pytest.importorskip('albumentations')
 
 from vishub.tasks.classification.data import ImageData, ImageSet
@@ -337,20 +337,16 @@ def test_missing_tracker_says_what_to_install(tmp_path, monkeypatch):
         train(make_recipe(), make_config(tmp_path, tracker=('comet_ml',)))
 
 
-class ScaledAccelerator:
-    """Accelerate with the loss scaler that it has for fp16 on a GPU; the CPU knows the scaler, but no fp16 training."""
+def test_scaler_is_part_of_the_checkpoint(tmp_path, monkeypatch):
+    """The loss scaler of fp16. The CPU knows the scaler but no fp16 training, so Accelerate is given one by hand."""
+    import accelerate
+    real = accelerate.Accelerator
 
-    def __new__(cls, *arguments, **options):
-        accelerator = REAL_ACCELERATOR(*arguments, **options)
+    def scaled(*arguments, **options):
+        accelerator = real(*arguments, **options)
         accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 10, growth_interval=5)
         return accelerator
-
-
-REAL_ACCELERATOR = accelerate.Accelerator
-
-
-def test_scaler_is_part_of_the_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr('accelerate.Accelerator', ScaledAccelerator)
+    monkeypatch.setattr('accelerate.Accelerator', scaled)
     whole = train(make_recipe(), make_config(tmp_path / 'whole'))
     for stop in (3, 7):
         part = train(make_recipe(), make_config(tmp_path / 'parts', max_steps=stop))

@@ -22,6 +22,7 @@ from vishub.tasks.classification.metrics import (
     corrupt,
     evaluate,
     measure,
+    plot_calibration,
     plot_robustness,
     predict_logits,
     robustness,

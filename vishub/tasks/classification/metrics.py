@@ -23,7 +23,8 @@ from vishub.tasks.classification.pipeline import ClassificationPipeline
 
 __all__ = [
     'CORRUPTIONS', 'SEVERITIES', 'class_order', 'class_report', 'classification_metrics', 'corrupt', 'evaluate',
-    'measure', 'model_input', 'new_figure', 'plot_confusion', 'plot_robustness', 'predict_logits', 'robustness',
+    'calibration_bins', 'measure', 'model_input', 'new_figure', 'plot_calibration', 'plot_confusion', 'plot_robustness',
+    'predict_logits', 'robustness',
     'save_evaluation', 'update_card', 'weights_folder', 'wilson_interval',
 ]
 
@@ -522,6 +523,31 @@ def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
         for (row, column), count in np.ndenumerate(counts):
             colour = 'white' if shares[row, column] > 0.5 else 'black'
             axis.text(column, row, str(count), ha='center', va='center', fontsize='x-small', color=colour)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def plot_calibration(table: Sequence[Mapping[str, Any]], ece: float, path: Union[str, Path]) -> None:
+    """Draw accuracy over confidence, and below how many images have which confidence, and save the picture.
+
+    Args:
+        table: What `calibration_bins` gives.
+        ece: Expected calibration error, 0 to 1, for the title.
+        path: Picture file; its suffix tells the format.
+    """
+    figure = new_figure(5, 6)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    lows, widths = [row['low'] for row in table], [row['high'] - row['low'] for row in table]
+    above.bar(lows, [row['accuracy'] or 0 for row in table], widths, align='edge', edgecolor='white', label='accuracy')
+    filled = [row for row in table if row['count']]
+    above.plot(
+        [row['confidence'] for row in filled], [row['accuracy'] for row in filled], 'o', color='black', markersize=3,
+        label='mean of the bin')
+    above.plot([0, 1], [0, 1], '--', color='grey', label='perfect')
+    above.set(ylabel='accuracy', ylim=(0, 1), xlim=(0, 1), title=f'expected calibration error {ece:.4f}')
+    above.legend(loc='upper left', fontsize='small')
+    below.bar(lows, [row['count'] for row in table], widths, align='edge', edgecolor='white')
+    below.set(xlabel='confidence', ylabel='images')
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
