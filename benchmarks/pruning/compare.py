@@ -118,6 +118,7 @@ def by_engine(saliency: Any) -> Callable[..., Made]:
         schedule = Schedule(options.interval, options.groups_per_step, max_epochs=10 ** 6)
         pruned, report = prune(
             original, images, target_flops=target, schedule=schedule, lr=options.prune_lr, saliency=saliency,
+            latency_weight=options.latency_weight,
             eval_loader=[(images.images[:2], images.labels[:2])])  # measured here, on the test images
         return pruned, report.batches
     return make
@@ -299,6 +300,7 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument('--interval', type=int, default=2, help='batches between two pruning steps')
     parser.add_argument('--groups-per-step', type=int, default=12)
+    parser.add_argument('--latency-weight', type=float, default=5e-4, help='reward of a saved cost, see prune')
     parser.add_argument('--prune-lr', type=float, default=1e-4)
     parser.add_argument('--lr', type=float, default=5e-4)
     parser.add_argument('--latency-batch', nargs='+', type=int, default=[1, 16])
