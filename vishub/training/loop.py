@@ -116,6 +116,11 @@ def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
         mixed_precision=config.amp, cpu=config.device == 'cpu', kwargs_handlers=[patience],
         log_with=list(config.tracker) or None, project_dir=str(output))
     try:
+        if accelerator.distributed_type.value in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
+            # the checkpoint and the averaged weights need whole tensors on every process
+            raise InputError(
+                f'Accelerate is configured for {accelerator.distributed_type.value}, which splits the weights; this '
+                'loop trains with whole weights on every process: configure MULTI_GPU or MULTI_CPU')
         on_main(lambda: rehearse(output))
         return _Run(recipe, config, output, accelerator).train()
     finally:
