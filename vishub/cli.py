@@ -232,7 +232,7 @@ def prune_command(
         interval: int = typer.Option(20, help='Batches between two pruning steps.'),
         groups_per_step: Optional[int] = typer.Option(None, help='Groups of units a step; 1 % of all by default.'),
         prune_lr: float = typer.Option(1e-4, help='Learning rate while pruning; 0 leaves the weights as they are.'),
-        latency_weight: float = typer.Option(5e-4, help='Weight of what a unit costs; small models want less, as 2e-5.'),
+        latency_weight: float = typer.Option(5e-4, help='Reward of a saved cost; small models want less, as 2e-5.'),
         epochs: int = typer.Option(5, help='Epochs of fine-tuning; 0 for none.'),
         lr: float = typer.Option(5e-4, help='Peak learning rate of the fine-tuning.'),
         batch_size: int = typer.Option(128, help='Images a step.'),
