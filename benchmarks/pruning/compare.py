@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument('--interval', type=int, default=2, help='batches between two pruning steps')
     parser.add_argument('--groups-per-step', type=int, default=12)
-    parser.add_argument('--latency-weight', type=float, default=5e-4, help='reward of a saved cost, see prune')
+    parser.add_argument('--latency-weight', type=float, default=2e-5, help='reward of a saved cost, see prune')
     parser.add_argument('--prune-lr', type=float, default=1e-4)
     parser.add_argument('--lr', type=float, default=5e-4)
     parser.add_argument('--latency-batch', nargs='+', type=int, default=[1, 16])
