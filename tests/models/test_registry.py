@@ -7,7 +7,8 @@
 A model says itself what it cannot do, and that is tested too: `fixed_input_size` and `min_input_size` in its default
 configuration, and on its class `export_limits`, the ways of export (see `EXPORTS`) that it does not allow.
 
-To add a kind of input, add its task to `MAKE_INPUT`; what holds for image classifiers only asks for CLASSIFIERS.
+To add a kind of input, add its task to `MAKE_INPUT`; what holds for image classifiers only asks for CLASSIFIERS. An
+input is a tensor or a tuple of arguments, each with the batch first; of an output that is a tuple the first counts.
 """
 import contextlib
 import copy
@@ -33,9 +34,15 @@ def make_images(cfg, batch_size, size):
     return torch.randn(batch_size, cfg['input_size'][0], *size)
 
 
+def make_slides(cfg, batch_size, size):
+    """Patch features (B, regions, grid, grid, C) and region features (B, regions, C) of noise."""
+    return torch.randn(batch_size, 3, *cfg['input_size']), torch.randn(batch_size, 3, cfg['input_size'][-1])
+
+
 # task -> (default configuration, batch size, size) -> input of the model
 MAKE_INPUT = {
     'classification': make_images,
+    'slide_analysis': make_slides,
 }
 
 ARCHITECTURES = [row.name for row in catalog.architectures()]
@@ -72,6 +79,26 @@ def make_input(name, batch_size=2, size=None, device='cpu'):
         size = (cfg['input_size'] if cfg['fixed_input_size'] else cfg.get('min_input_size') or cfg['input_size'])[1:]
     with torch.device(device):
         return MAKE_INPUT[catalog.find(name).task](cfg, batch_size, size)
+
+
+def run_all(model, x):
+    """The tensors that the model gives for what `make_input` gave."""
+    output = model(*x) if isinstance(x, tuple) else model(x)
+    return [output] if torch.is_tensor(output) else [part for part in output if part is not None]
+
+
+def run(model, x):
+    return run_all(model, x)[0]
+
+
+def some_loss(outputs):
+    """Of all that can be trained: some parameters reach only one part of the output."""
+    return sum(part.float().square().mean() for part in outputs if part.requires_grad)
+
+
+def pick(x, index):
+    """Some of the batch of what `make_input` gave."""
+    return tuple(part[index] for part in x) if isinstance(x, tuple) else x[index]
 
 
 def built(family, **kwargs):
@@ -238,16 +265,16 @@ def test_sizes(family):
 def test_copies_give_the_same_output(family, tmp_path):
     model = built(family).eval()
     x = make_input(smallest(family))
-    expected = model(x)
+    expected = run(model, x)
     assert torch.isfinite(expected).all()
-    assert torch.equal(copy.deepcopy(model)(x), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    assert torch.equal(run(copy.deepcopy(model), x), expected)
+    assert torch.equal(run(pickle.loads(pickle.dumps(model)), x), expected)
     save_file(model.state_dict(), tmp_path / 'model.safetensors')
     torch.manual_seed(1)
     other = timm.create_model(smallest(family)).eval()
-    assert not torch.equal(other(x), expected)
+    assert not torch.equal(run(other, x), expected)
     other.load_state_dict(load_file(tmp_path / 'model.safetensors'))
-    assert torch.equal(other(x), expected)
+    assert torch.equal(run(other, x), expected)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -255,7 +282,7 @@ def test_copies_give_the_same_output(family, tmp_path):
 def test_images_of_a_batch_do_not_meet(family):
     model = built(family).eval()
     x = make_input(smallest(family), batch_size=3)
-    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run(model, x)[1:2], run(model, pick(x, slice(1, 2))), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('family', CLASSIFIER_FAMILIES)
@@ -278,7 +305,7 @@ def test_gradients_with_and_without_checkpointing(family):
         model = built(family).train()
         model.set_grad_checkpointing(enable)
         torch.manual_seed(0)
-        loss = model(x).square().mean()
+        loss = some_loss(run_all(model, x))
         loss.backward()
         losses.append(loss.item())
         gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -293,15 +320,15 @@ def test_bfloat16(family):
     model = built(family).train()
     x = make_input(smallest(family))
     with torch.autocast('cpu', torch.bfloat16):
-        output = model(x)
-    output.float().square().mean().backward()
-    assert torch.isfinite(output).all()
+        outputs = run_all(model, x)
+    some_loss(outputs).backward()
+    assert all(torch.isfinite(output).all() for output in outputs)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     model.eval()
     with torch.inference_mode():
-        exact = model(x)
+        exact = run(model, x)
         with torch.autocast('cpu', torch.bfloat16):
-            rounded = model(x).float()
+            rounded = run(model, x).float()
     assert F.cosine_similarity(rounded.flatten(), exact.flatten(), dim=0) > 0.98
 
 
@@ -314,12 +341,12 @@ def test_drop_rates_act_in_training_only(family):
         model.load_state_dict(plain.state_dict())
         with torch.no_grad():
             model.eval()
-            assert torch.equal(model(x), plain(x))
+            assert torch.equal(run(model, x), run(plain, x))
             model.train()
             for module in model.modules():  # the batch's own statistics would differ from the stored ones
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                     module.eval()
-            assert not torch.equal(model(x), model(x)), f'{rate} does nothing'
+            assert not torch.equal(run(model, x), run(model, x)), f'{rate} does nothing'
 
 
 # ---- export, the smallest of each family ------------------------------------------------------------------------

@@ -28,17 +28,20 @@ def default_input(model_name: str) -> Tuple[int, ...]:
 def count_macs(model_name: str) -> int:
     """Multiply-accumulates of convolutions, linear layers and attention for one input of the default size.
 
-    Elementwise work, normalisation and pooling are not counted.
+    Elementwise work, normalisation and pooling are not counted. A model that takes other arguments than a batch of
+    images gives examples of them: `example_inputs()`, a tuple.
     """
     model = _on_meta(model_name).eval()
+    if hasattr(model, 'example_inputs'):
+        return module_macs(model, *model.example_inputs())
     return module_macs(model, torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
 
 
-def module_macs(model: nn.Module, image: torch.Tensor) -> int:
-    """The same count for a model that exists and an input batch of its own, both on any one device."""
+def module_macs(model: nn.Module, *inputs: torch.Tensor) -> int:
+    """The same count for a model that exists and a batch (or arguments) of its own, all on any one device."""
     # Only plain attention consists of products that the counter knows on every device.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(image)
+        model(*inputs)
     return counter.get_total_flops() // 2
 
 
