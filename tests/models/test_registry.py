@@ -39,10 +39,16 @@ def make_slides(cfg, batch_size, size):
     return torch.randn(batch_size, 3, *cfg['input_size']), torch.randn(batch_size, 3, cfg['input_size'][-1])
 
 
+def make_clips(cfg, batch_size, size):
+    """(B, T, C, H, W) of noise."""
+    return torch.randn(batch_size, cfg['num_frames'], cfg['input_size'][0], *size)
+
+
 # task -> (default configuration, batch size, size) -> input of the model
 MAKE_INPUT = {
     'classification': make_images,
     'slide_analysis': make_slides,
+    'video_prediction': make_clips,
 }
 
 ARCHITECTURES = [row.name for row in catalog.architectures()]
@@ -136,9 +142,13 @@ def test_names_in_the_configuration_exist(name):
     model = on_meta(name)
     cfg = model.pretrained_cfg
     for module in names_in_cfg(cfg['first_conv']):
-        assert model.get_submodule(module).weight.shape[1] == cfg['input_size'][0]
+        weight = model.get_submodule(module).weight
+        # a linear layer takes all values of a patch
+        in_chans = weight.shape[1] if weight.ndim > 2 else math.gcd(weight.shape[1], cfg['input_size'][0])
+        assert in_chans == cfg['input_size'][0]
     for module in names_in_cfg(cfg['classifier']):
-        assert model.get_submodule(module).weight.shape[0] == cfg['num_classes']
+        weight = model.get_submodule(module).weight
+        assert name not in CLASSIFIERS or weight.shape[0] == cfg['num_classes']
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
