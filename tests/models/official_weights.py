@@ -63,6 +63,7 @@ class GoldenCase:
         tolerance = self.meta.get('tolerance')
         if isinstance(tolerance, dict):
             rtol, atol = tolerance.get('rtol', rtol), tolerance.get('atol', atol)
+            atol = atol[output] if isinstance(atol, dict) else atol
         elif tolerance is not None:
             rtol, atol = 0., float(tolerance)
         assert list(value.shape) == expected['shape'], f'{output}: {list(value.shape)}, not {expected["shape"]}'
