@@ -1,0 +1,1 @@
+"""What comes next in a clip: the frames that follow the given ones."""
