@@ -122,10 +122,11 @@ def test_parameters(name, options, parameters):
 def test_macs():
     with torch.device('meta'):
         model = timm.create_model('conslide_hit').eval()
-        many = module_macs(model, *model.example_inputs(110))
+        macs = {n: module_macs(model, *model.example_inputs(n)) for n in (1, 16, 110)}
     # the official code by fvcore, which also counts norms and pooling
-    assert count_macs('conslide_hit') / 1e9 == pytest.approx(4.76, rel=0.004)
-    assert many / 1e9 == pytest.approx(32.75, rel=0.004)
+    assert macs[16] / 1e9 == pytest.approx(4.76, rel=0.004)
+    assert macs[110] / 1e9 == pytest.approx(32.75, rel=0.004)
+    assert count_macs('conslide_hit') == macs[1]  # the default input is one region
 
 
 @torch.no_grad()

@@ -430,7 +430,7 @@ class ConSlide(nn.Module):
         self.head.train(self.training)
         self.num_classes = num_classes
 
-    def example_inputs(self, num_regions: int = 16, grid_size: int = 8) -> Tuple[torch.Tensor, torch.Tensor]:
+    def example_inputs(self, num_regions: int = 1, grid_size: int = 8) -> Tuple[torch.Tensor, torch.Tensor]:
         """Arguments of the right form (zeros), on the model's device: one slide of `num_regions` regions."""
         place = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
         return (
