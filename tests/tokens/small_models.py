@@ -1,4 +1,5 @@
 """One tiny model of every supported family, with every parameter away from its neutral value."""
+import inspect
 from typing import Callable, Dict
 
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 from vishub.models.nvit import NViT, uniform_dims
 
 _SIZES = dict(img_size=64, patch_size=16, embed_dim=64, depth=3, num_heads=2, num_classes=7)
+# timm 1.0.20 does not have it yet
+_QK_NORM = {'qk_norm': True} if 'qk_norm' in inspect.signature(Eva).parameters else {}
 _DIMS = dict(EMB=64, head=[2, 1, 3], QK=[16, 24, 8], V=[24, 32, 16], MLP=[96, 128, 64])
 
 FAMILIES: Dict[str, Callable[[], nn.Module]] = {
@@ -28,7 +31,7 @@ FAMILIES: Dict[str, Callable[[], nn.Module]] = {
     'eva02': lambda: Eva(**_SIZES, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True),
     'eva_rope_mixed': lambda: Eva(
         **_SIZES, attn_type='rope', use_rot_pos_emb=True, rope_type='mixed', num_reg_tokens=2, init_values=1e-5,
-        qkv_fused=False, qk_norm=True, norm_layer=RmsNorm),
+        qkv_fused=False, norm_layer=RmsNorm, **_QK_NORM),
     'beit': lambda: Beit(**_SIZES, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1),
     'beit_shared': lambda: Beit(**_SIZES, use_shared_rel_pos_bias=True, global_pool='token'),
     'nvit': lambda: NViT(img_size=64, num_classes=7, dims=_DIMS, attn_scale=0.2),

@@ -213,7 +213,7 @@ def test_what_cannot_be_reduced_is_refused():
 
     with pytest.raises(InputError, match='its own forward_features'):
         tokens.apply(Patched(**sizes), 'tome', r=1)
-    with pytest.raises(InputError, match='Prr'):
+    with pytest.raises((InputError, AssertionError), match='Prr|^$'):  # timm 1.0.20 refuses it itself, without a word
         tokens.apply(VisionTransformer(**sizes, global_pool='prr'), 'tome', r=1)
     model = tokens.apply(small_model('vit'), 'tome', r=1)
     with pytest.raises(InputError, match='attn_mask'):

@@ -253,8 +253,9 @@ class Eva(Backbone):
         if attn.qkv is not None:
             q, k, v = packed_qkv(attn, y).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         else:
+            head_dim = attn.proj.in_features // attn.num_heads
             q, k, v = (
-                layer(y).unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # B, heads (fewer for k, v if grouped), N, d
+                layer(y).unflatten(2, (-1, head_dim)).transpose(1, 2)  # B, heads (fewer for k, v if grouped), N, d
                 for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
         q, keys = attn.q_norm(q), attn.k_norm(k)
         query, k, value = q, keys, v
