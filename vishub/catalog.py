@@ -142,7 +142,7 @@ _FAMILIES = (
         arxiv='2501.12976',
         repository='techmonsterwang/LiT',
         code_licence='not published',
-        notes='ICCV 2025. Checked against a published listing of its attention: official code and weights were not seen.',
+        notes='ICCV 2025. Checked against a published listing of its attention; official code and weights not seen.',
     ),
     Family(
         name='dit',

@@ -229,8 +229,8 @@ def test_reset_classifier():
 @pytest.mark.filterwarnings('ignore')
 @torch.no_grad()
 def test_compile_without_graph_breaks():
-    x, t, y = inputs()
-    for model, x in ((tiny(), x), (tiny(dynamic_img_size=True), inputs(size=(12, 4))[0])):
+    for size in ((8, 8), (12, 4)):
+        model, (x, t, y) = tiny(depth=1, dynamic_img_size=True), inputs(size=size)
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
         torch.testing.assert_close(compiled(x, t, y), model(x, t, y), rtol=1e-4, atol=1e-5)

@@ -302,7 +302,7 @@ class DiffusionTransformer(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        return dict(stem=r'^(patch|time|label)_embed', blocks=r'^blocks\.(\d+)')
+        return dict(stem=r'^(?:patch|time|label)_embed', blocks=r'^blocks\.(\d+)')
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -412,7 +412,7 @@ class DiffusionTransformer(nn.Module):
 
     def run_block(
             self, block: nn.Module, x: torch.Tensor, c: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:
-        if self.grad_checkpointing and self.training:
+        if self.grad_checkpointing:
             return checkpoint(block, x, c, grid_size)
         return block(x, c, grid_size)
 
