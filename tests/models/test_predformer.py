@@ -360,15 +360,22 @@ def test_other_channels_are_refused():
         checkpoint_filter_fn(source, tiny(in_chans=3))
 
 
+def test_saved_model_refuses_other_channels(tmp_path):
+    folder = save_folder(
+        tiny(), tmp_path / 'predformer_tiny.test', metrics={}, card={'licence': 'apache-2.0', 'description': 'A test.'})
+    with pytest.raises(ValueError, match='must have the same channels'):
+        timm.create_model(f'local-dir:{folder}', pretrained=True, in_chans=3)
+
+
 @torch.no_grad()
 def test_saved_model_is_the_same(tmp_path):
     model = tiny('quad_tsst', num_frames=5)
     folder = save_folder(
         model, tmp_path / 'predformer_tiny.test', metrics={}, card={'licence': 'apache-2.0', 'description': 'A test.'},
-        dtype=torch.float32)
+        dtype=torch.float32, model_args=dict(arrangement='quad_tsst', num_frames=5))  # old versions of timm forget them
     again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     x = clip(model)
-    assert again.pretrained_cfg['num_frames'] == 5
+    assert again.pretrained_cfg['num_frames'] == 5 and again.pretrained_cfg['first_conv'] == 'patch_embed.proj'
     torch.testing.assert_close(again(x), model(x))
     features = timm.create_model('predformer_tiny', arrangement='quad_tsst', num_frames=5, num_classes=0).eval()
     load_checkpoint(features, str(folder / 'model.safetensors'), strict=False)

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple, 
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, SwiGLUPacked, to_2tuple, trunc_normal_
+from timm.layers import DropPath, to_2tuple, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
@@ -108,6 +108,22 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
+class SwiGlu(nn.Module):
+    """Gated two-layer perceptron: fc2(SiLU(g) * x), where one product, fc1, gives both the gate g and x."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0., device=None, dtype=None) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim, **dd)
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, x = self.fc1(x).chunk(2, dim=-1)
+        return self.drop2(self.fc2(self.drop1(F.silu(gate) * x)))
+
+
 class Block(nn.Module):
     """Gated transformer block: attention and SwiGLU, both pre-norm."""
 
@@ -128,8 +144,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.attn = Attention(dim, num_heads, head_dim, proj_drop, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
-        # packed: gate and value come from one product
-        self.mlp = SwiGLUPacked(dim, 2 * int(dim * mlp_ratio), drop=drop, **dd)
+        self.mlp = SwiGlu(dim, int(dim * mlp_ratio), drop, **dd)
         # one draw a row: a frame's patches, or a patch's frames, are dropped together
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
@@ -614,9 +629,14 @@ def _packed(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return out
 
 
+# Entries of a model's configuration that timm must not see while it builds: its table has no num_frames, and it would
+# adapt a first_conv to other channels as if that were a convolution (old versions to any number but 3).
+_LATE_ENTRIES = ('first_conv', 'num_frames')
+
+
 def _create_predformer(variant: str, pretrained: bool = False, **kwargs: Any) -> PredFormer:
-    if isinstance(kwargs.get('pretrained_cfg'), dict):  # a stored one: timm's own table of entries has no num_frames
-        kwargs['pretrained_cfg'] = {k: v for k, v in kwargs['pretrained_cfg'].items() if k != 'num_frames'}
+    if isinstance(kwargs.get('pretrained_cfg'), dict):  # a stored one
+        kwargs['pretrained_cfg'] = {k: v for k, v in kwargs['pretrained_cfg'].items() if k not in _LATE_ENTRIES}
     num_classes = kwargs.pop('num_classes', None)
     if num_classes:
         raise ValueError(f'{variant} predicts frames and has no classes: num_classes must be 0, not {num_classes}')
@@ -630,7 +650,8 @@ def _create_predformer(variant: str, pretrained: bool = False, **kwargs: Any) ->
         **kwargs,
     )
     if isinstance(model, PredFormer):
-        model.pretrained_cfg = model.default_cfg = dict(model.pretrained_cfg, num_frames=model.num_frames)
+        model.pretrained_cfg = model.default_cfg = dict(
+            model.pretrained_cfg, first_conv='patch_embed.proj', num_frames=model.num_frames)
         if num_classes == 0:  # asked for by name, which is timm's way to ask for a model without a head
             model.reset_classifier(0)
     return model
@@ -641,7 +662,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
         'num_classes': 0, 'pool_size': None, 'fixed_input_size': True, 'crop_pct': 1.0, 'interpolation': 'bicubic',
         'mean': (0.,) * channels, 'std': (1.,) * channels,
-        'first_conv': 'patch_embed.proj', 'classifier': 'head',
+        'classifier': 'head',
         'license': 'apache-2.0', 'paper_ids': 'arXiv:2410.04733',
         'paper_name': 'Video Prediction Transformers without Recurrence or Convolution',
         'origin_url': 'https://github.com/yyyujintang/PredFormer',
