@@ -11,10 +11,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs benchmark chromium clean
+.PHONY: help demo test test-interop lint docs benchmark chromium clean
 
 help:  ## show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Reinstalled only when what is asked for changes. uv does the installing (it is several times faster than pip and
 # keeps a cache that later clones share); the pins are in constraints.txt.
@@ -34,6 +34,10 @@ demo: $(STAMP)  ## set up everything and serve the demo: make demo [HOST=127.0.0
 
 test: $(STAMP) chromium  ## set up everything and run the whole suite: make test [JOBS=2] [PYTEST_ARGS='-k favit']
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+test-interop: $(STAMP)  ## test our models in segmentation_models.pytorch, transformers, ONNX Runtime, torch.compile
+	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[interop]'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interop tests/interop $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## style, imports and types
 	@$(BIN)/ruff check .

@@ -43,6 +43,7 @@ def test_constructor_arguments_come_back(create, tmp_path):
         pretrained_cfg={'input_size': (1, 64, 64), 'mean': (0.5,), 'std': (0.5,), 'label_names': list('abcd')})
     config = json.loads((folder / 'config.json').read_text())
     assert config['model_args']['window_size'] == 3
+    assert 'num_classes' not in config['model_args']  # it is at the root; transformers refuses it twice
     assert 'drop_path_rate' not in config['model_args']
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     x = torch.randn(2, 1, 64, 64)

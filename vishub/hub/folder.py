@@ -194,11 +194,13 @@ def _config(
         license=card.get('licence', 'apache-2.0'),
     )
     noted = {key: value for key, value in getattr(model, '_model_args', {}).items() if key not in _DROP_RATES}
+    arguments = {**noted, **model_args}
+    arguments.pop('num_classes', None)  # said at the root; transformers refuses a model that says it twice
     config = {
         'architecture': source['architecture'],
         'num_classes': model.num_classes,
         'num_features': model.num_features,
-        'model_args': {**noted, **model_args},
+        'model_args': arguments,
         'pretrained_cfg': cfg,
     }
     label_names = cfg.pop('label_names', None)
