@@ -412,6 +412,33 @@ def test_captured(tiny, way):
         torch.testing.assert_close(program.module()(*more).logits, tiny(*more).logits)
 
 
+@pytest.mark.parametrize('way, similarity', [('checkpointing', True), ('checkpointing', False), ('compile', False)])
+def test_ways_to_train_agree(similarity, way):
+    """A step on a slide, and a replay step without the patch branch's gradients."""
+    model = randomised(timm.create_model('conslide_hit_tiny')).train()
+    slide = features(4)
+    gradients = []
+    for plain in (True, False):
+        model.zero_grad()
+        model.set_grad_checkpointing(way == 'checkpointing' and not plain)
+        call = model
+        if way == 'compile' and not plain:
+            torch._dynamo.reset()
+            call = torch.compile(model, fullgraph=True, backend='aot_eager')
+        output = call(*slide, return_similarity=similarity)
+        loss = F.cross_entropy(output.logits, torch.tensor([1]))
+        if similarity:
+            loss = loss + 1e-3 * mean_similarity_loss(output.sim_loss)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        if gradient is None:
+            assert gradients[1][name] is None, name
+        else:
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    assert (gradients[0]['patch_embed.weight'] is None) != similarity
+
+
 # Official checkpoints
 
 def test_checkpoint_of_the_whole_learner():
