@@ -169,7 +169,7 @@ _FAMILIES = (
         arxiv='2410.04733',
         repository='yyyujintang/PredFormer',
         code_licence='no licence file',
-        notes='Preprint. setup.py of the official code says Apache-2.0. No official weights.',
+        notes='Preprint. setup.py of the official code says Apache-2.0. No official weights. Same numbers as its code.',
     ),
     Family(
         name='bactrack',
@@ -339,6 +339,15 @@ _WEIGHTS: Tuple[Weight, ...] = (
         value=87.7,
         sha256='dad2602403cc529579cabed5bee6213db2fcb9a2d27cf79ecc03298f2b1cc934',
         size=3153316,
+        licence='apache-2.0',
+    ),
+    Weight(
+        name='fmvit_nano.fashion_mnist',
+        data='Fashion-MNIST',
+        metric='top1',
+        value=87.56,
+        sha256='5851a4765e13a7b14b9d3a8fa83d8da8e4d1ada7bc74b3c71dbd60a664a779de',
+        size=1238212,
         licence='apache-2.0',
     ),
 )
