@@ -720,8 +720,8 @@ _FASHION_MNIST = dict(
     min_input_size=(1, 33, 33),
     pool_size=(2, 2),
     crop_mode='squash',
-    mean=(0.2860,),
-    std=(0.3522,),
+    mean=(0.2874,),
+    std=(0.3537,),
     label_names=(
         'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
 )
@@ -734,7 +734,9 @@ default_cfgs = generate_default_cfgs({
     'favit_b2.cifar10': _cfg(hf_hub_id='vishub/favit_b2.cifar10', **{**_CIFAR10, 'input_size': (3, 40, 40)}),
     'favit_b3': _cfg(),
     'favit_small64': _cfg(**_SMALL),
-    'favit_small64.cifar10': _cfg(hf_hub_id='vishub/favit_small64.cifar10', **_CIFAR10),
+    'favit_small64.cifar10': _cfg(
+        hf_hub_id='vishub/favit_small64.cifar10',
+        **{**_CIFAR10, 'mean': (0.4935, 0.483, 0.4473), 'std': (0.2444, 0.2424, 0.2584)}),
     'favit_small64.fashion_mnist': _cfg(hf_hub_id='vishub/favit_small64.fashion_mnist', **_FASHION_MNIST),
 })
 

@@ -754,6 +754,11 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     'fmvit_nano': _cfg(num_classes=16, input_size=(3, 64, 64), pool_size=(2, 2)),
+    'fmvit_nano.fashion_mnist': _cfg(
+        hf_hub_id='vishub/fmvit_nano.fashion_mnist', num_classes=10, input_size=(1, 48, 48), min_input_size=(1, 32, 32),
+        pool_size=(2, 2), crop_pct=1.0, crop_mode='squash', mean=(0.2874,), std=(0.3537,),
+        label_names=(
+            'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')),
     'fmvit_tiny': _cfg(),
     'fmvit_small': _cfg(),
     'fmvit_medium': _cfg(),

@@ -61,6 +61,11 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     'vit_mini_patch2_28': _cfg(input_size=(3, 28, 28)),
+    'vit_mini_patch2_28.fashion_mnist': _cfg(
+        hf_hub_id='vishub/vit_mini_patch2_28.fashion_mnist', input_size=(1, 28, 28), num_classes=10,
+        mean=(0.2874,), std=(0.3537,),
+        label_names=(
+            'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')),
     'vit_mini_patch2_32': _cfg(input_size=(3, 32, 32)),
 })
 
