@@ -64,10 +64,18 @@ ONE_SCALE = Limit(
     'Unsupported model downsampling pattern')
 FIXED_STRIDE = Limit(
     'The decoder wants strides of 8 or 16 at the end; a stride of 32 is part of the architecture.', 'output_stride')
+FREE_BATCH = Limit(
+    "torch's ONNX exporter cannot decompose attention with a bias for a free batch size. A fixed one works.",
+    'Failed to decompose')
+WINDOWS = Limit(
+    'Windows are padded by as much as the image needs, which a symbolic trace cannot follow.',
+    'symbolically traced variables')
 
 # (architecture, way) or (architecture, decoder) -> Limit; what is not here works
 LIMITS = {
     **{(name, 'unet'): ONE_SCALE for name in SUBJECTS if name not in PYRAMIDS},
+    ('fcaformer_dense_l2', 'extractor'): WINDOWS,
+    **{(name, 'onnxruntime'): FREE_BATCH for name in SUBJECTS if name.startswith('fcaformer')},
     **{(name, decoder): FIXED_STRIDE for name in PYRAMIDS for decoder in ('DeepLabV3', 'DeepLabV3Plus')},
 }
 

@@ -137,6 +137,18 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
 
 
+@torch.fx.wrap
+def condense(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Depthwise 7x7 convolution with stride 4 of x (B, C, h, w), with that part of `weight` that meets the map."""
+    h, w = x.shape[2], x.shape[3]
+    padding = [3, 3]
+    if h <= 3:
+        weight, padding[0] = weight[:, :, 3:3 + h], 0
+    if w <= 3:
+        weight, padding[1] = weight[:, :, :, 3:3 + w], 0
+    return F.conv2d(x, weight, None, [4, 4], padding, [1, 1], x.shape[1])
+
+
 class Stem(nn.Module):
     """Two convolutions with stride 2, (B, in_chans, H, W) -> (B, dim, H / 4, W / 4)."""
 
@@ -381,15 +393,7 @@ class CrossConv(nn.Conv2d):
         super().__init__(dim, dim, 7, stride=4, padding=3, groups=dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h, w = x.shape[2], x.shape[3]
-        if h > 3 and w > 3:
-            return F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
-        weight, padding = self.weight, [3, 3]
-        if h <= 3:
-            weight, padding[0] = weight[:, :, 3:3 + h], 0
-        if w <= 3:
-            weight, padding[1] = weight[:, :, :, 3:3 + w], 0
-        return F.conv2d(x, weight, None, self.stride, padding, self.dilation, self.groups)
+        return condense(x, self.weight)
 
 
 class FcaBlock(nn.Module):
