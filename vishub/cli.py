@@ -16,9 +16,14 @@ from rich.table import Table
 
 __all__ = ['app', 'main']
 
+# Headings of `vishub --help`.
+_LOOK = 'Look at models and run them'
+_TRAIN = 'Train, measure, make smaller'
+_SHARE = 'Weights from and for others'
+
 app = typer.Typer(
     name='vishub',
-    help='A hub of vision models for PyTorch: list them, look at one, run it, train it, see it in a browser.',
+    help='A hub of vision models for PyTorch: look at them, run them, train and shrink them, share the weights.',
     epilog='Errors are one sentence; set VISHUB_DEBUG=1 for the traceback.',
     no_args_is_help=True,
     add_completion=False,
@@ -34,7 +39,7 @@ def _vishub() -> None:
     pass
 
 
-@app.command('list')
+@app.command('list', rich_help_panel=_LOOK)
 def list_command(
         task: Optional[str] = typer.Option(None, help='Only models for this task, e.g. classification.'),
         pretrained: bool = typer.Option(False, '--pretrained', help='Only models that have trained weights.'),
@@ -62,7 +67,7 @@ def list_command(
     typer.echo(f'{len(rows)} models. More about one: vishub info MODEL')
 
 
-@app.command('info')
+@app.command('info', rich_help_panel=_LOOK)
 def info_command(
         model: str = typer.Argument(
             help='A model, e.g. favit_b2, weights, e.g. favit_b2.cifar10, or a Hub repository, hf-hub:ORG/NAME[@REV].'),
@@ -134,7 +139,7 @@ def _show_repository(hub_id: str, as_json: bool) -> None:
 
 
 train_app = typer.Typer(no_args_is_help=True, help='Train a model on your data.')
-app.add_typer(train_app, name='train')
+app.add_typer(train_app, name='train', rich_help_panel=_TRAIN)
 
 
 @train_app.command('classification')
@@ -220,7 +225,7 @@ def train_classification(
         typer.echo(f'weights and figures: {result.folder}')
 
 
-@app.command('prune')
+@app.command('prune', rich_help_panel=_TRAIN)
 def prune_command(
         model: str = typer.Argument(help='A trained ViT or DeiT: a name with weights, or local-dir:FOLDER.'),
         data: str = typer.Option(
@@ -295,7 +300,7 @@ def prune_command(
     typer.echo(f'weights and figures: {result.folder}')
 
 
-@app.command('evaluate')
+@app.command('evaluate', rich_help_panel=_TRAIN)
 def evaluate_command(
         model: str = typer.Argument(help='Name, e.g. favit_b2.cifar10, or folder of weights.'),
         data: str = typer.Option(
@@ -373,7 +378,7 @@ def _robustness_table(measured: Dict[str, Any]) -> Table:
 
 
 tokens_app = typer.Typer(no_args_is_help=True, help='Make vision transformers faster by giving them fewer tokens.')
-app.add_typer(tokens_app, name='tokens')
+app.add_typer(tokens_app, name='tokens', rich_help_panel=_TRAIN)
 
 
 @tokens_app.command('compare')
@@ -444,7 +449,7 @@ def tokens_compare(
         typer.echo(f'written: {output}')
 
 
-@app.command('convert')
+@app.command('convert', rich_help_panel=_SHARE)
 def convert_command(
         name: str = typer.Argument(help='Family (favit: the shapes tell the variant) or model (favit_b2).'),
         checkpoint: Path = typer.Argument(help='Official checkpoint: .pth, .pt or .safetensors.'),
@@ -462,7 +467,7 @@ def convert_command(
     typer.echo(f'licence of the weights: {done.licence}')
 
 
-@app.command('demo')
+@app.command('demo', rich_help_panel=_LOOK)
 def demo(
         host: str = typer.Option('127.0.0.1', help='Address to listen at; 0.0.0.0 for all of this machine.'),
         port: int = typer.Option(7860, help='Port to listen at.'),
@@ -487,7 +492,7 @@ def _import_demo() -> ModuleType:
     return importlib.import_module(f'{name}.main')
 
 
-@app.command()
+@app.command('predict', rich_help_panel=_LOOK)
 def predict(
         model: str = typer.Argument(..., help="Model name, e.g. favit_b2.cifar10; 'vishub list' shows them."),
         inputs: List[str] = typer.Argument(
@@ -586,7 +591,7 @@ def _predict_table(model: str, inputs: List[str], output: Path, device: Optional
         raise typer.Exit(1 if report.num_rows else 2)
 
 
-@app.command('publish')
+@app.command('publish', rich_help_panel=_SHARE)
 def publish_command(
         folder: Optional[Path] = typer.Argument(None, metavar='[DIR]', help='A weights folder.'),
         repo: Optional[str] = typer.Option(None, metavar='ORG/NAME', help='Hub repository; made if it is not there.'),
@@ -627,7 +632,7 @@ def publish_command(
         typer.echo(json.dumps(results, indent=2))
 
 
-@app.command('download')
+@app.command('download', rich_help_panel=_SHARE)
 def download_command(
         name: str = typer.Argument(help='Weights, e.g. favit_b2.cifar10, or a Hub repository, hf-hub:ORG/NAME[@REV].'),
         output: Optional[Path] = typer.Option(
