@@ -239,7 +239,7 @@ def prune_command(
         prune_lr: float = typer.Option(1e-4, help='Learning rate while pruning; 0 leaves the weights as they are.'),
         latency_weight: float = typer.Option(5e-4, help='Reward of a saved cost; small models want less, as 2e-5.'),
         epochs: int = typer.Option(5, help='Epochs of fine-tuning; 0 for none.'),
-        lr: float = typer.Option(5e-4, help='Peak learning rate of the fine-tuning.'),
+        lr: float = typer.Option(1e-4, help='Peak learning rate of the fine-tuning.'),
         batch_size: int = typer.Option(128, help='Images a step.'),
         max_images: Optional[int] = typer.Option(None, help='Use at most so many training images, evenly spread.'),
         labels_only: bool = typer.Option(

@@ -72,7 +72,7 @@ class ClassifierPruning:
     latency_weight: float = 5e-4
     prune_lr: float = 1e-4
     epochs: int = 5
-    lr: float = 5e-4
+    lr: float = 1e-4
     batch_size: int = 128
     max_images: Optional[int] = None
     labels_only: bool = False
