@@ -350,6 +350,24 @@ _WEIGHTS: Tuple[Weight, ...] = (
         size=1238212,
         licence='apache-2.0',
     ),
+    Weight(
+        name='nvit.fashion_mnist',
+        data='Fashion-MNIST',
+        metric='top1',
+        value=89.46,
+        sha256='9366252491d3e78da43f3218282cea18332d421a2f63ad54a9a81efa3ffd4c3f',
+        size=1279628,
+        licence='apache-2.0',
+    ),
+    Weight(
+        name='vit_mini_patch2_28.fashion_mnist',
+        data='Fashion-MNIST',
+        metric='top1',
+        value=88.15,
+        sha256='c0633ff292862ecc1affb671405737d9a956a586fb1293fd3012b56092d905bf',
+        size=2738748,
+        licence='apache-2.0',
+    ),
 )
 
 
