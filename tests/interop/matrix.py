@@ -67,6 +67,8 @@ FIXED_STRIDE = Limit(
 FREE_BATCH = Limit(
     "torch's ONNX exporter cannot decompose attention with a bias for a free batch size. A fixed one works.",
     'Failed to decompose')
+SMALL_MAP = Limit(
+    'The decoder pools the last map three times; at 64 pixels that map has 2 x 2 values.', 'Output size is too small')
 WINDOWS = Limit(
     'Windows are padded by as much as the image needs, which a symbolic trace cannot follow.',
     'symbolically traced variables')
@@ -77,6 +79,7 @@ LIMITS = {
     ('fcaformer_dense_l2', 'extractor'): WINDOWS,
     **{(name, 'onnxruntime'): FREE_BATCH for name in SUBJECTS if name.startswith('fcaformer')},
     **{(name, decoder): FIXED_STRIDE for name in PYRAMIDS for decoder in ('DeepLabV3', 'DeepLabV3Plus')},
+    **{(name, 'PAN'): SMALL_MAP for name in PYRAMIDS},
 }
 
 
