@@ -361,10 +361,3 @@ def test_scaler_is_part_of_the_checkpoint(tmp_path, monkeypatch):
 def test_fp16_on_the_cpu_is_refused(tmp_path):
     with pytest.raises(InputError, match='needs a CUDA device'):
         train(make_recipe(), make_config(tmp_path, amp='fp16'))
-
-
-def test_split_weights_are_refused(tmp_path, monkeypatch):
-    from accelerate import Accelerator, DistributedType
-    monkeypatch.setattr(Accelerator, 'distributed_type', DistributedType.FSDP)
-    with pytest.raises(InputError, match='configured for FSDP'):
-        train(make_recipe(), make_config(tmp_path))

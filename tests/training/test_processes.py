@@ -47,15 +47,18 @@ class PlainRecipe(ClassificationRecipe):
         return None
 
 
-def make_recipe() -> PlainRecipe:
+def make_data() -> ImageData:
     generator = np.random.default_rng(0)
     labels = np.arange(85) % 4
     images = generator.integers(0, 256, (85, 16, 16, 3), dtype=np.uint8)
     images[labels == 1, :, :, 0] //= 2
     whole = ImageSet(images, labels)
     # 21 validation images: not a multiple of two processes
-    data = ImageData('noise', 'noise', ('r', 'g', 'b', 'k'), whole.take(range(64)), whole.take(range(64, 85)))
-    return PlainRecipe('plain', data, augmentation='light', mixup=0.)
+    return ImageData('noise', 'noise', ('r', 'g', 'b', 'k'), whole.take(range(64)), whole.take(range(64, 85)))
+
+
+def make_recipe() -> PlainRecipe:
+    return PlainRecipe('plain', make_data(), augmentation='light', mixup=0.)
 
 
 def make_config(output, **changes) -> TrainConfig:
@@ -65,19 +68,18 @@ def make_config(output, **changes) -> TrainConfig:
     return TrainConfig(**{**options, **changes})
 
 
-def torchrun(script: str, *arguments, seconds: float = 240) -> str:
-    """Run a script in two processes; gives what they wrote to stderr."""
+def run_processes(command, seconds: float = 240, **environment) -> str:
+    """Run a launcher's command, `{port}` in it standing for a free one; gives what the processes wrote to stderr."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     path = os.pathsep.join(filter(None, [os.path.dirname(__file__), *sys.path]))
-    environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    command = [
-        sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-addr', '127.0.0.1',
-        '--master-port', str(port), script, *map(str, arguments)]
+    environment = {
+        **os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **environment}
     # a session of its own, so that the workers can be ended with their launcher
     process = subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        [word.format(port=port) for word in command], env=environment, stderr=subprocess.PIPE, text=True,
+        start_new_session=True)
     try:
         _, errors = process.communicate(timeout=seconds)
     finally:
@@ -85,6 +87,13 @@ def torchrun(script: str, *arguments, seconds: float = 240) -> str:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, errors[-4000:]
     return errors
+
+
+def torchrun(script: str, *arguments) -> str:
+    """Run a script in two processes; gives what they wrote to stderr."""
+    return run_processes([
+        sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-addr', '127.0.0.1',
+        '--master-port', '{port}', script, *map(str, arguments)])
 
 
 @pytest.fixture(scope='module')

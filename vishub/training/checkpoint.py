@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from vishub.errors import InputError
 from vishub.files import atomic_path
+from vishub.training.sharding import split_like
 
 __all__ = ['load_checkpoint', 'load_optimizer', 'optimizer_state', 'save_checkpoint']
 
@@ -55,7 +56,7 @@ def load_checkpoint(path: Union[str, Path]) -> Tuple[Dict[str, Dict[str, torch.T
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
-    """Split an optimizer's state into (tensors by `index/key`, JSON types)."""
+    """Take an optimizer's state apart: (tensors by `index/key`, JSON types)."""
     state = optimizer.state_dict()
     tensors: Dict[str, torch.Tensor] = {}
     scalars: Dict[str, Dict[str, Any]] = {}
@@ -69,11 +70,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> Tuple[Dict[str, torch.T
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Dict[str, torch.Tensor], state: Dict[str, Any]) -> None:
-    """Restore what `optimizer_state` split."""
+    """Restore what `optimizer_state` took apart; whole tensors are split as the optimizer's weights are."""
     per_parameter: Dict[int, Dict[str, Any]] = {int(i): dict(values) for i, values in state['scalars'].items()}
+    weights = [parameter for group in optimizer.param_groups for parameter in group['params']]
     for name, tensor in tensors.items():
         index, _, key = name.partition('/')
-        per_parameter.setdefault(int(index), {})[key] = tensor
+        # counters are the same on every process
+        value = tensor if tensor.ndim == 0 else split_like(tensor, weights[int(index)])
+        per_parameter.setdefault(int(index), {})[key] = value
     groups = [
         # JSON has no tuples; torch's groups hold them everywhere but in 'params'.
         {k: tuple(v) if isinstance(v, list) and k != 'params' else v for k, v in group.items()}

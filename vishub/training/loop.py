@@ -7,7 +7,8 @@ keeping.
 
 How many processes train as one: a global batch is one slice of the epoch's order, of which each process takes its
 part; gradients and the logged loss are means over the processes, validation is shared out and gathered, and whatever
-decides how the run goes on (a limit, an error) is decided once, for all. Only the main process writes.
+decides how the run goes on (a limit, an error) is decided once, for all. Only the main process writes. Under FSDP the
+processes split the weights, too (`sharding.py`); what is validated and written is whole.
 """
 import contextlib
 import dataclasses
@@ -17,7 +18,7 @@ import math
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from vishub.training.optimisation import make_average, make_optimizer, make_sche
 from vishub.training.output import checkpoint_bytes, rehearse, require_space
 from vishub.training.processes import average, broadcast, on_main, seed_step, sync_buffers
 from vishub.training.recipe import Recipe, SampleKey
+from vishub.training.sharding import Sharding, gather, make_sharding
 
 __all__ = ['EpochSampler', 'TrainResult', 'rehearse', 'train']
 
@@ -116,13 +118,11 @@ def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
         mixed_precision=config.amp, cpu=config.device == 'cpu', kwargs_handlers=[patience],
         log_with=list(config.tracker) or None, project_dir=str(output))
     try:
-        if accelerator.distributed_type.value in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
-            # the checkpoint and the averaged weights need whole tensors on every process
-            raise InputError(
-                f'Accelerate is configured for {accelerator.distributed_type.value}, which splits the weights; this '
-                'loop trains with whole weights on every process: configure MULTI_GPU or MULTI_CPU')
+        sharding = make_sharding(accelerator)
+        if sharding is not None and config.channels_last:
+            raise InputError('FSDP cannot split weights in channels-last order: leave channels_last out')
         on_main(lambda: rehearse(output))
-        return _Run(recipe, config, output, accelerator).train()
+        return _Run(recipe, config, output, accelerator, sharding).train()
     finally:
         accelerator.free_memory()
         for tracker in accelerator.trackers:
@@ -135,8 +135,16 @@ def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
 class _Run:
     """The state of one run: model, optimizer, averaged weights, position, log."""
 
-    def __init__(self, recipe: Recipe, config: TrainConfig, output: Path, accelerator: Any):
-        self.recipe, self.config, self.output, self.accelerator = recipe, config, output, accelerator
+    def __init__(
+            self,
+            recipe: Recipe,
+            config: TrainConfig,
+            output: Path,
+            accelerator: Any,
+            sharding: Optional[Sharding],
+    ):
+        self.recipe, self.config, self.output = recipe, config, output
+        self.accelerator, self.sharding = accelerator, sharding
         self.device = accelerator.device
         self.main = accelerator.is_main_process
         self.logger = open_log(output, 'main') if self.main else logging.getLogger('vishub.training.other')
@@ -157,7 +165,7 @@ class _Run:
             self.model = self.model.to(memory_format=torch.channels_last)
         optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(optimizer, config, self.total_steps)
-        self.ema = make_average(self.model, config, self.total_steps)
+        self.ema = make_average(self.model, config, self.total_steps, split=sharding is not None)
 
         self.step = 0  # optimizer steps done
         self.loss_sum = 0.  # of the steps done in this epoch
@@ -167,10 +175,14 @@ class _Run:
         self.console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=not self.main)
         self.raw_optimizer = optimizer
         on_main(self.check_space)
-        if config.resume:
-            self.load()
-
-        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        restore_optimizer = self.load() if config.resume else None
+        if sharding is None:
+            self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        else:
+            averaged = self.ema.module if self.ema is not None else None
+            self.wrapped, self.optimizer = sharding.prepare(self.model, optimizer, averaged)
+        if restore_optimizer is not None:
+            restore_optimizer()  # its state is split as the weights are
         start_trackers(accelerator, self.fingerprint())
         if config.compile:
             self.wrapped.compile(dynamic=False)
@@ -202,11 +214,12 @@ class _Run:
         return self.wall_before + time.perf_counter() - self.started
 
     def save(self) -> None:
+        optimizer_tensors, optimizer_rest = optimizer_state(self.raw_optimizer)
+        parts = {'model': self.model.state_dict(), 'optimizer': optimizer_tensors}
+        if self.ema is not None:
+            parts['ema'] = self.ema.module.state_dict()
+        tensors = {part: gather(named, keep=self.main) for part, named in parts.items()}
         if self.main:
-            optimizer_tensors, optimizer_rest = optimizer_state(self.raw_optimizer)
-            tensors = {'model': self.model.state_dict(), 'optimizer': optimizer_tensors}
-            if self.ema is not None:
-                tensors['ema'] = self.ema.module.state_dict()
             scaler = self.accelerator.scaler
             save_checkpoint(self.checkpoint, tensors, {
                 'fingerprint': self.fingerprint(),
@@ -220,9 +233,10 @@ class _Run:
             })
         self.accelerator.wait_for_everyone()
 
-    def load(self) -> None:
+    def load(self) -> Optional[Callable[[], None]]:
+        """Restore what the checkpoint holds, if there is one. Returns what restores the optimizer, later."""
         if not self.checkpoint.exists():
-            return
+            return None
         tensors, state = load_checkpoint(self.checkpoint)
         # options that came later than the checkpoint had no other value than today's default
         mine, theirs = self.fingerprint(), {**TrainConfig(output='').fingerprint(), **state['fingerprint']}
@@ -233,7 +247,6 @@ class _Run:
                 f"'{self.checkpoint}' belongs to a run with other options ({detail}). "
                 'Use the same options, another output folder, or --no-resume')
         self.model.load_state_dict(tensors['model'])
-        load_optimizer(self.raw_optimizer, tensors.get('optimizer', {}), state['optimizer'])
         if self.ema is not None:
             self.ema.module.load_state_dict(tensors['ema'])
         if self.accelerator.scaler is not None and state['scaler'] is not None:
@@ -242,6 +255,7 @@ class _Run:
         self.rows, self.metrics = state['rows'], state['metrics']
         self.logger.info('resumed at step %d of %d', self.step, self.total_steps)
         self.console.print(f'continuing from step {self.step} of {self.total_steps}: {self.checkpoint}')
+        return lambda: load_optimizer(self.raw_optimizer, tensors.get('optimizer', {}), state['optimizer'])
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -279,13 +293,16 @@ class _Run:
             last = part == config.grad_accum - 1
             # processes exchange gradients only behind the last part
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                output = self.wrapped(inputs)  # under autocast by accelerate; the output comes back as float32
+                output = self.forward(inputs)
                 loss = self.recipe.loss(output, targets) / config.grad_accum
                 self.accelerator.backward(loss)
             total += loss.detach()
         if config.clip_grad:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_grad)
-        self.optimizer.step()
+        if self.sharding is None:
+            self.optimizer.step()
+        else:
+            self.sharding.step(self.optimizer)
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
@@ -294,6 +311,15 @@ class _Run:
             raise FloatingPointError(
                 f'the loss is {value} at step {self.step}; lower the learning rate, or train with amp=no')
         return value
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        """The model's output, in float32, computed under autocast where `amp` asks for it."""
+        if self.sharding is None:
+            return self.wrapped(inputs)  # so wrapped by Accelerate
+        from accelerate.utils import convert_to_fp32
+        with self.accelerator.autocast():
+            output = self.wrapped(inputs)
+        return output if self.config.amp == 'no' else convert_to_fp32(output)
 
     @torch.no_grad()
     def validate(self, side: int) -> Dict[str, float]:
@@ -304,8 +330,9 @@ class _Run:
             return broadcast(self.recipe.validate(model, side, self.device) or {})
 
     def final_model(self) -> nn.Module:
-        """The model that the run is about: the averaged weights, if there are any."""
-        return (self.ema.module if self.ema is not None else self.model).eval()
+        """The model that the run is about, whole: the averaged weights, if there are any. Called by every process."""
+        model = self.ema.module if self.ema is not None else self.model
+        return (model if self.sharding is None else self.sharding.assemble(model)).eval()
 
     def train(self) -> TrainResult:
         config = self.config
@@ -380,9 +407,14 @@ class _Run:
         }
         self.loss_sum = 0.
         self.rows.append(row)
-        if self.main and self.validations_since_best() == 0:
-            save_checkpoint(self.best, {'model': self.final_model().state_dict()}, {
-                'fingerprint': self.fingerprint(), 'step': self.step, 'epoch': epoch + 1, 'metrics': self.metrics})
+        if self.validations_since_best() == 0:
+            model = self.final_model()
+            if self.main:
+                save_checkpoint(self.best, {'model': model.state_dict()}, {
+                    'fingerprint': self.fingerprint(), 'step': self.step, 'epoch': epoch + 1,
+                    'metrics': self.metrics})
+        if self.sharding is not None:
+            self.sharding.put_away()
         self.accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=self.step)
         if self.main:
             write_csv(self.output / 'log.csv', self.rows)
@@ -414,9 +446,10 @@ class _Run:
 
     def end(self, early: bool) -> TrainResult:
         finished = early or self.step >= self.total_steps
+        model = self.final_model()
         if early:
             tensors, state = load_checkpoint(self.best)
-            self.final_model().load_state_dict(tensors['model'])
+            model.load_state_dict(tensors['model'])
             self.metrics = state['metrics']
             self.console.print(
                 f'no better {self.recipe.metric} for {self.config.patience} validations: '
@@ -424,7 +457,7 @@ class _Run:
         if self.main and self.rows:
             draw_curves(self.rows, self.recipe.metric, self.output / 'learning_curves.png')
         result = TrainResult(
-            model=self.final_model(), finished=finished, step=self.step, wall_s=self.wall(), metrics=self.metrics,
+            model=model, finished=finished, step=self.step, wall_s=self.wall(), metrics=self.metrics,
             checkpoint=self.checkpoint)
         self.logger.info('%s at step %d after %.0f s', 'finished' if finished else 'stopped', self.step, result.wall_s)
         if finished:

@@ -74,12 +74,20 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_s
         t_in_epochs=False)
 
 
-def make_average(model: nn.Module, config: TrainConfig, total_steps: int) -> Optional[ModelEmaV3]:
-    """The averaged weights; None where averaging is off."""
+def make_average(
+        model: nn.Module,
+        config: TrainConfig,
+        total_steps: int,
+        split: bool = False,
+) -> Optional[ModelEmaV3]:
+    """The averaged weights; None where averaging is off. `split` says that FSDP will split both sets of weights."""
     decay = config.ema_decay
     if decay is None:
         decay = max(0., 1. - 10. / total_steps)  # averages over about the last tenth of the run
-    return ModelEmaV3(model, decay=decay, use_warmup=True) if decay > 0 else None
+    if decay <= 0:
+        return None
+    # torch's operations on lists of tensors take no mixture of split weights and whole buffers
+    return ModelEmaV3(model, decay=decay, use_warmup=True, foreach=not split)
 
 
 def peak_lr(optimizer: torch.optim.Optimizer) -> float:
