@@ -24,6 +24,7 @@ from app.pipelines import PipelineCache
 from app.upload import uploaded
 from app.work import Stopped, Work
 from vishub import InputError, catalog, cli
+from vishub.cli import look
 
 
 def run(upload: Any, model: str = 'favit_small64.colours', top_k: Any = 5, heatmap: bool = True) -> tuple:
@@ -297,7 +298,7 @@ def test_the_demo_verb_says_what_is_missing(monkeypatch, capsys):
 def test_the_app_is_found_in_the_checkout():
     spec = importlib.util.find_spec('vishub._app')
     assert spec is None or spec.origin, 'a half made vishub._app would hide the checkout'
-    assert cli._import_demo().TABS[0].title == TABS[0].title
+    assert look._import_demo().TABS[0].title == TABS[0].title
 
 
 def test_the_folder_runs_as_a_file_as_in_a_space(monkeypatch):

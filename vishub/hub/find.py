@@ -14,7 +14,10 @@ from vishub import catalog
 from vishub.errors import WeightsNotFoundError
 from vishub.files import sha256
 
-__all__ = ['WEIGHTS_FILE', 'available', 'recorded_checksum', 'resolve', 'verify', 'weights_folders', 'what_exists']
+__all__ = [
+    'WEIGHTS_FILE', 'available', 'recorded_checksum', 'resolve', 'verify', 'weights_folder', 'weights_folders',
+    'what_exists',
+]
 
 WEIGHTS_FILE = 'model.safetensors'
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -37,6 +40,14 @@ def weights_folders() -> Dict[str, Path]:
         for file in sorted(root.glob(f'*/{WEIGHTS_FILE}')):
             found.setdefault(file.parent.name, file.parent)
     return dict(sorted(found.items()))
+
+
+def weights_folder(model: str) -> Optional[Path]:
+    """The folder of a model's weights, given as a path, as `local-dir:path` or by name; None if there is none."""
+    folder = Path(model.removeprefix('local-dir:'))
+    if (folder / 'config.json').is_file():
+        return folder
+    return weights_folders().get(model.removeprefix('vishub/'))
 
 
 def available() -> List[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Optional,
 import timm
 import torch
 from PIL import Image
+from timm.models import load_model_config_from_hf
 from torch import nn
 
 from vishub import catalog
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     'Pipeline', 'Progress', 'Recipe', 'Result',
-    'choose_device', 'pipeline', 'pipeline_class', 'pipeline_tasks', 'pretrained_cfg_of',
+    'choose_device', 'pipeline', 'pipeline_class', 'pipeline_tasks', 'pretrained_cfg_of', 'task_of',
 ]
 
 # (inputs done, inputs in all). An exception that it raises stops the work: that is how long work is cancelled.
@@ -48,7 +49,15 @@ def __getattr__(name: str) -> Any:
 
 
 class Result(abc.ABC):
-    """What a pipeline returns: a frozen dataclass that can be printed, drawn and saved without the model."""
+    """What a pipeline returns: a frozen dataclass that can be printed, drawn and saved without the model.
+
+    Attributes:
+        suffixes: The files that `vishub predict --output FOLDER` writes of it, by how their names end.
+        warnings: What was left out or could not be done, one sentence each.
+    """
+
+    suffixes: ClassVar[Tuple[str, ...]] = ('.png', '.json')
+    warnings: Tuple[str, ...] = ()
 
     @abc.abstractmethod
     def to_dict(self) -> Dict[str, Any]:
@@ -57,6 +66,11 @@ class Result(abc.ABC):
     @abc.abstractmethod
     def plot(self) -> Image.Image:
         """The result drawn as an RGB picture."""
+
+    def summary(self) -> Sequence[str]:
+        """The result in a few lines of text, as `vishub predict` prints it."""
+        return [
+            f'{name}: {value}' for name, value in self.to_dict().items() if isinstance(value, (str, int, float))]
 
     def save(self, path: Union[str, os.PathLike]) -> Path:
         """Write the result whole or not at all.
@@ -104,6 +118,8 @@ class Pipeline(abc.ABC):
     Attributes:
         task: Name of the task.
         default_model: Name of the model taken when none is given.
+        takes_pictures: Whether an input is a picture file, so that on the command line a folder stands for the
+            pictures in it; otherwise every word of the command line is given to the pipeline as it is.
         model: The module, in evaluation mode, on `device`.
         name: Name of the model, for results.
         num_params: Number of its parameters.
@@ -111,6 +127,7 @@ class Pipeline(abc.ABC):
 
     task: ClassVar[str]
     default_model: ClassVar[str]
+    takes_pictures: ClassVar[bool] = True
 
     def __init__(
             self,
@@ -233,7 +250,7 @@ def pipeline(
     if task is None:
         if model is None:
             raise InputError(f'pipeline() needs a task ({", ".join(pipeline_tasks())}) or a model')
-        task = _task_of(model)
+        task = task_of(model)
     return pipeline_class(task)(model=model, device=device)
 
 
@@ -255,8 +272,24 @@ def pipeline_tasks() -> Tuple[str, ...]:
     return tuple(_PIPELINES)
 
 
-def _task_of(model: Union[str, nn.Module]) -> str:
-    name = model if isinstance(model, str) else (pretrained_cfg_of(model).get('architecture') or '')
+def task_of(model: Union[str, nn.Module]) -> str:
+    """The task that a model is for, by the catalogue: `classification` for what that does not know.
+
+    Args:
+        model: Name, folder of weights (with or without `local-dir:`), `hf-hub:owner/name`, or module. The two in the
+            middle say their architecture in config.json.
+    """
+    if not isinstance(model, str):
+        name = pretrained_cfg_of(model).get('architecture') or ''
+    elif model.startswith('hf-hub:'):
+        from vishub.hub.client import one_sentence
+        with one_sentence(model):
+            name = load_model_config_from_hf(model.removeprefix('hf-hub:'))[1]
+    elif (Path(model.removeprefix('local-dir:')) / 'config.json').is_file():
+        config = json.loads((Path(model.removeprefix('local-dir:')) / 'config.json').read_text(encoding='utf-8'))
+        name = str(config.get('architecture', ''))
+    else:
+        name = model
     name = name.removeprefix('vishub/').partition('.')[0]
     return next((row.task for row in catalog.architectures() if row.name == name), 'classification')
 

@@ -74,9 +74,10 @@ def predict_files(
 
     Args:
         pipe: The pipeline.
-        inputs: Files, folders and globs, see `files_of`.
-        output: Folder to which `NAME.prediction.json` and `NAME.prediction.png` are written, each whole or not at
-            all; a second picture of the same name gets `NAME-2`. None to write nothing.
+        inputs: Files, folders and globs, see `files_of`; as they are if the pipeline takes no pictures.
+        output: Folder to which `NAME.prediction.json`, `NAME.prediction.png` and what else the result's `suffixes`
+            name are written, each whole or not at all; a second input of the same name gets `NAME-2`. None to write
+            nothing.
         **options: Passed to `pipe`.
 
     Yields:
@@ -92,7 +93,7 @@ def predict_files(
             raise InputError(f"'{output}' cannot be made a folder ({error.strerror}): give another") from error
     paths: List[str] = []
     for item in inputs:
-        for path in files_of([item]):
+        for path in files_of([item]) if pipe.takes_pictures else [item]:
             if isinstance(path, InputError):
                 yield item, path
             else:
@@ -123,5 +124,5 @@ def _save(result: Result, folder: Path, stem: str, taken: Set[str]) -> None:
     name = next(name for name in names if name.lower() not in taken)  # some file systems know no case
     taken.add(name.lower())
     # Never NAME.png: the folder may be the one that the pictures are in.
-    result.save(folder / f'{name}.prediction.png')
-    result.save(folder / f'{name}.prediction.json')
+    for suffix in result.suffixes:
+        result.save(folder / f'{name}.prediction{suffix}')

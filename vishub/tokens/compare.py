@@ -188,7 +188,7 @@ def _evenly(images: 'ImageSet', most: Optional[int]) -> 'ImageSet':
 
 def _pipeline(model: Union[str, nn.Module], device: Optional[str]) -> 'ClassificationPipeline':
     from vishub.catalog import UnknownNameError
-    from vishub.tasks.classification.metrics import weights_folder
+    from vishub.hub.find import weights_folder
     from vishub.tasks.classification.pipeline import ClassificationPipeline
     folder = weights_folder(model) if isinstance(model, str) else None
     try:

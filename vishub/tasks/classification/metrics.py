@@ -15,8 +15,8 @@ from torch import nn
 
 from vishub.errors import InputError, import_extra
 from vishub.files import atomic_path
-from vishub.hub import annotate, verify, weights_folders
-from vishub.hub.find import WEIGHTS_FILE
+from vishub.hub import annotate, verify
+from vishub.hub.find import WEIGHTS_FILE, weights_folder
 from vishub.tasks.base import Progress
 from vishub.tasks.classification.data import ImageData, ImageSet, Indices
 from vishub.tasks.classification.pipeline import ClassificationPipeline
@@ -25,7 +25,7 @@ __all__ = [
     'CORRUPTIONS', 'SEVERITIES', 'class_order', 'class_report', 'classification_metrics', 'corrupt', 'evaluate',
     'calibration_bins', 'measure', 'model_input', 'new_figure', 'plot_calibration', 'plot_confusion', 'plot_robustness',
     'predict_logits', 'robustness',
-    'save_evaluation', 'update_card', 'weights_folder', 'wilson_interval',
+    'save_evaluation', 'update_card', 'wilson_interval',
 ]
 
 SEVERITIES = (0, 1, 2, 3, 4, 5)
@@ -324,14 +324,6 @@ def measure(
         'report': {
             **class_report(logits, images.labels, classes), 'calibration': calibration_bins(logits, images.labels)},
     }
-
-
-def weights_folder(model: str) -> Optional[Path]:
-    """The folder of a model's weights, given as a path, as `local-dir:path` or by name; None if there is none."""
-    folder = Path(model.removeprefix('local-dir:'))
-    if (folder / 'config.json').is_file():
-        return folder
-    return weights_folders().get(model.removeprefix('vishub/'))
 
 
 def evaluate(

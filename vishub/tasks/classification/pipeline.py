@@ -86,6 +86,10 @@ class ClassificationResult(Result):
             'warnings': list(self.warnings),
         }
 
+    def summary(self) -> List[str]:
+        """One line a class: how probable it is, and its name."""
+        return [f'{p.probability:6.1%}  {p.label}' for p in self.predictions]
+
     def plot(self) -> Image.Image:
         """The picture, the heat map if there is one, and the classes as labelled bars, in one RGB picture."""
         margin, gap, panel, bars_width, header, row_height = 40, 32, 460, 480, 92, 68
