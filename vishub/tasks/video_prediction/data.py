@@ -4,9 +4,8 @@ Every set gives clips (T, C, H, W) of a length that is asked for, the given fram
 for pictures (255 is 1), float32 for measurements.
 """
 import dataclasses
-import math
 from pathlib import Path
-from typing import Any, Optional, Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -16,7 +15,9 @@ from vishub.errors import InputError
 from vishub.tasks.video_prediction.moving_digits import Digits, load_digits, moving_digits, scale_digits
 from vishub.training.recipe import SampleKey
 
-__all__ = ['ClipSet', 'GeneratedClips', 'StoredClips', 'TrainingClips', 'VideoData', 'load_data']
+__all__ = [
+    'ClipSet', 'GeneratedClips', 'StoredClips', 'TrainingClips', 'VideoData', 'as_float', 'load_data', 'stack',
+]
 
 _FIXED = 2 ** 32 - 1  # stands for the epoch in the seed of clips that are the same in every epoch
 
@@ -105,6 +106,16 @@ class TrainingClips(Dataset):
         return torch.from_numpy(self.clips.clip(index, epoch))
 
 
+def as_float(clips: torch.Tensor) -> torch.Tensor:
+    """uint8 as float32 from 0 to 1; floating-point values as float32."""
+    return clips.float() / 255 if clips.dtype == torch.uint8 else clips.float()
+
+
+def stack(clips: ClipSet, indices: Sequence[int]) -> torch.Tensor:
+    """Clips of these indices, float32 (B, T, C, H, W), as `as_float` makes them."""
+    return as_float(torch.from_numpy(np.stack([clips.clip(int(index)) for index in indices])))
+
+
 @dataclasses.dataclass(frozen=True)
 class VideoData:
     """A data set with its splits.
@@ -147,6 +158,7 @@ def load_data(
         *,
         num_digits: int = 2,
         num_clips: int = 10_000,
+        stride: int = 1,
         seed: int = 0,
 ) -> VideoData:
     """Read a data set; its kind is told by what lies at `path`.
@@ -154,21 +166,45 @@ def load_data(
     Args:
         path: One of
             * a folder of MNIST's or Fashion-MNIST's images, see `load_digits`: Moving MNIST is made of them. If it
-              also holds `mnist_test_seq.npy`, and frames are 64 x 64, that is the test split.
+              also holds `mnist_test_seq.npy`, and frames are 64 x 64, that is the test split;
+            * that file, or one like it: see `sources.load_moving_mnist_test`;
+            * TaxiBJ's `dataset.npz`, or its folder: see `sources.load_taxibj`;
+            * a folder of WeatherBench's years, netCDF or npy: see `sources.load_weather`;
+            * a folder of videos, or of folders of frames: see `sources.load_videos`.
         frame: C, H, W that the model takes. Moving digits and videos are made to measure; other data have their own.
         num_frames: Length of a clip: given and future frames.
         num_digits: Digits in a clip of Moving MNIST.
         num_clips: Generated training clips an epoch.
+        stride: Of videos: take every so manieth frame.
         seed: Seed of generated training clips. Validation and test clips are the same for every seed.
 
     Raises:
         InputError: If nothing of the kind lies there, or it is damaged.
     """
+    from vishub.tasks.video_prediction import sources  # it imports this module
+
     path = Path(path)
-    digits = load_digits(path) if path.is_dir() else None
+    if path.is_file() and path.suffix == '.npy':
+        return sources.load_moving_mnist_test(path, frame, num_frames)
+    taxibj = path / 'dataset.npz' if path.is_dir() else path
+    if taxibj.is_file() and taxibj.suffix == '.npz':
+        return sources.load_taxibj(taxibj, num_frames)
+    if not path.is_dir():
+        raise InputError(
+            f"'{path}' is no data set: give a folder of MNIST's images, of WeatherBench's years or of videos, Moving "
+            "MNIST's test file (.npy), or TaxiBJ (.npz)" if path.exists() else f"'{path}' does not exist")
+    digits = load_digits(path)
     if digits is not None:
-        return _moving_mnist(digits, (num_frames, *frame), num_digits, num_clips, seed)
-    raise InputError(f"'{path}' is no data set that can be read here")
+        data = _moving_mnist(digits, (num_frames, *frame), num_digits, num_clips, seed)
+        file = path / 'mnist_test_seq.npy'
+        if file.is_file() and frame == (1, 64, 64) and num_digits == 2:
+            published = sources.load_moving_mnist_test(file, frame, num_frames)
+            data = dataclasses.replace(data, test=published.test, split=published.split)
+        return data
+    years = sources.find_weather(path)
+    if years:
+        return sources.load_weather(years, num_frames)
+    return sources.load_videos(path, frame, num_frames, stride)
 
 
 def _moving_mnist(

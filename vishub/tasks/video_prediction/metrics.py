@@ -7,16 +7,28 @@ WeatherBench is the exception: there both are means over pixels, and RMSE is the
 All functions take clips (B, T, C, H, W), the prediction first, and give one value a frame, float64 (B, T).
 `VideoMetrics` averages them over a data set, overall and by horizon.
 """
+import json
 import math
-from typing import Any, Dict, List, Optional, Tuple, Union
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from vishub.errors import InputError
+from vishub.files import atomic_path
+from vishub.hub import annotate
+from vishub.hub.find import WEIGHTS_FILE, verify, weights_folder
+from vishub.tasks.base import Progress
+from vishub.tasks.video_prediction.data import ClipSet, VideoData, load_data, stack
+from vishub.tasks.video_prediction.pipeline import VideoPredictionPipeline
 
-__all__ = ['VideoMetrics', 'absolute_error', 'psnr', 'squared_error', 'ssim']
+__all__ = [
+    'BASELINES', 'VideoMetrics', 'absolute_error', 'evaluate', 'measure', 'plot_horizon', 'psnr', 'save_evaluation',
+    'squared_error', 'ssim', 'update_card',
+]
 
 Clip = Union[torch.Tensor, np.ndarray]
 
@@ -188,6 +200,208 @@ class VideoMetrics:
         figures['num_clips'] = self.num_clips
         figures['scale'] = 'mean over pixels' if self.per_pixel else 'sum over the pixels of a frame'
         return figures
+
+
+# -- models by name ---------------------------------------------------------------------------------------------------
+
+# What needs no model: (given (B, T, C, H, W), horizon) -> (B, horizon, C, H, W).
+Predictor = Callable[[torch.Tensor, int], torch.Tensor]
+BASELINES: Dict[str, Predictor] = {
+    'last frame copied': lambda given, horizon: given[:, -1:].repeat(1, horizon, 1, 1, 1),
+    'mean of the given frames': lambda given, horizon: given.mean(1, keepdim=True).repeat(1, horizon, 1, 1, 1),
+    'zeros': lambda given, horizon: torch.zeros_like(given[:, :1]).repeat(1, horizon, 1, 1, 1),
+}
+
+
+def measure(
+        predict: Predictor,
+        clips: ClipSet,
+        data: VideoData,
+        num_given: int,
+        *,
+        limit: Optional[int] = None,
+        batch_size: int = 16,
+        advance: Optional[Callable[[int], None]] = None,
+) -> Dict[str, Any]:
+    """Figures of one predictor on clips.
+
+    Args:
+        predict: (given clips (B, T, C, H, W) float32 in the data's own scale, horizon) -> (B, horizon, C, H, W).
+        clips: Clips of the data; the frames behind the first `num_given` are the truth.
+        data: What the clips are of: tells which metrics, and their scale.
+        num_given: Frames T given.
+        limit: Measure at most so many clips, evenly spread.
+        batch_size: Clips a forward pass.
+        advance: Called with the number of clips of each batch.
+
+    Returns:
+        `num_test` (clips), `metrics` (name -> mean over clips and frames, and `mse_ci95`, the 95 % interval of the mean
+        over clips), `report` with `horizon` (name -> a number a future frame) and the `scale` in words.
+    """
+    meter = VideoMetrics(data.metrics, per_pixel=data.per_pixel)
+    count = len(clips) if limit is None else min(limit, len(clips))
+    indices = np.linspace(0, len(clips) - 1, count).round().astype(int)
+    of_clips: List[torch.Tensor] = []
+    for first in range(0, count, batch_size):
+        batch = stack(clips, indices[first:first + batch_size])
+        given, true = batch[:, :num_given], batch[:, num_given:]
+        predicted = predict(given, true.shape[1])
+        meter.update(predicted, true)
+        of_clips.append(squared_error(predicted, true).mean(1))
+        if advance is not None:
+            advance(len(batch))
+    figures = meter.compute()
+    errors = torch.cat(of_clips) / (math.prod(clips.shape[1:]) if data.per_pixel else 1)
+    metrics = {name: round(figures[name], 5) for name in data.metrics}
+    if count > 1:
+        half = 1.96 * float(errors.std()) / count ** 0.5
+        metrics['mse_ci95'] = [round(figures['mse'] - half, 5), round(figures['mse'] + half, 5)]
+    horizon = {name: [round(value, 5) for value in values] for name, values in figures['horizon'].items()}
+    return {'num_test': count, 'metrics': metrics, 'report': {'horizon': horizon, 'scale': figures['scale']}}
+
+
+def evaluate(
+        models: Sequence[Union[str, nn.Module]],
+        data: Union[str, Path, VideoData],
+        *,
+        limit: Optional[int] = None,
+        batch_size: int = 16,
+        seed: int = 0,
+        device: Optional[str] = None,
+        progress: Optional[Progress] = None,
+        horizon: Optional[int] = None,
+) -> Dict[str, Any]:
+    """Measure a model, its peers, and what needs no model (`BASELINES`) on the same test clips.
+
+    Args:
+        models: Names that `VideoPredictionPipeline` takes, folders of weights, or modules; the first is the model, the
+            others are its peers, which must take clips of the same shape.
+        data: Path for `load_data`, or data already read, whose clips then decide the horizon.
+        limit: Measure at most so many clips, evenly spread over the test split.
+        batch_size: Clips a forward pass.
+        seed: Of generated training clips, which are not looked at: test clips are the same for every seed.
+        device: See `VideoPredictionPipeline`.
+        progress: Called with (clips done, clips in all).
+        horizon: Future frames; as many as the model gives at a time by default.
+
+    Returns:
+        JSON values: `model`, `num_params`, `data`, `split`, `num_test`, `metrics`, `report` (see `measure`), and
+        `peers`, a list of {`name`, `num_params`, `metrics`, `horizon`}.
+
+    Raises:
+        InputError: If the data have no test split, or two models are the same or take other clips.
+    """
+    pipes: Dict[str, VideoPredictionPipeline] = {}
+    budgets: Dict[str, Dict[str, Any]] = {}
+    for model in models:
+        folder = weights_folder(model) if isinstance(model, str) else None
+        pipe = VideoPredictionPipeline(f'local-dir:{folder}' if folder else model, device)
+        name = folder.resolve().name if folder else pipe.name
+        if name in pipes:
+            raise InputError(f"two models are called '{name}'")
+        pipes[name] = pipe
+        training = _recorded(folder).get('training', {})
+        budgets[name] = {key: training[key] for key in ('wall_s', 'epochs') if key in training}
+    own, *others = pipes
+    first = pipes[own]
+    if not isinstance(data, VideoData):
+        data = load_data(data, first.frame, first.num_frames + (horizon or first.num_frames), seed=seed)
+    if data.test is None or not len(data.test):
+        raise InputError(f'{data.name} has no test split')
+    length, *frame = data.test.shape
+    for name, pipe in pipes.items():
+        if tuple(frame) != pipe.frame or pipe.num_frames != first.num_frames:
+            raise InputError(
+                f"'{name}' takes {pipe.num_frames} frames of {' x '.join(map(str, pipe.frame))}; here are "
+                f'{first.num_frames} of {" x ".join(map(str, frame))}')
+    if length <= first.num_frames:
+        raise InputError(f'the clips of {data.name} have {length} frames; {own} needs {first.num_frames} and a truth')
+
+    count = len(data.test) if limit is None else min(limit, len(data.test))
+    total, done = count * (len(pipes) + len(BASELINES)), 0
+
+    def advance(clips: int) -> None:
+        nonlocal done
+        done += clips
+        if progress is not None:
+            progress(done, total)
+
+    predictors: Dict[str, Predictor] = {name: pipe.rollout for name, pipe in pipes.items()}
+    rows = []
+    for name, predictor in {**predictors, **BASELINES}.items():
+        figures = measure(
+            predictor, data.test, data, first.num_frames, limit=limit, batch_size=batch_size, advance=advance)
+        rows.append({
+            'name': name, 'num_params': pipes[name].num_params if name in pipes else 0, **figures,
+            **budgets.get(name, {})})
+    return {
+        'model': own, 'num_params': first.num_params, 'data': data.name,
+        'split': f'test split, {data.split}' if data.split else 'test split',
+        **{key: rows[0][key] for key in ('num_test', 'metrics', 'report')},
+        'peers': [
+            {**{key: value for key, value in row.items() if key not in ('num_test', 'report')},
+             'horizon': row['report']['horizon']} for row in rows[1:]],
+    }
+
+
+def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List[Path]:
+    """Write what `evaluate` found: evaluation.json, and horizon.png, the error of each future frame.
+
+    Returns:
+        The files.
+    """
+    files = [Path(folder) / 'evaluation.json', Path(folder) / 'horizon.png']
+    with atomic_path(files[0]) as temporary:
+        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    plot_horizon(report, files[1])
+    return files
+
+
+def update_card(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write what `evaluate` found into a weights folder's metrics.json and README.md; its weights stay as they are.
+
+    Raises:
+        InputError: If the figures are not of the data that the weights were trained on.
+        WeightsNotFoundError: If the weights are not those that metrics.json speaks of.
+    """
+    recorded = _recorded(folder)
+    if 'sha256' not in recorded:
+        raise InputError(f"'{folder}' has no metrics.json with the checksum of its weights: save it with save_folder")
+    verify(Path(folder) / WEIGHTS_FILE, recorded['sha256'])
+    if recorded.get('data', report['data']) != report['data']:
+        raise InputError(f"'{folder}' was trained on {recorded['data']}; figures on {report['data']} belong elsewhere")
+    facts = {key: report[key] for key in ('data', 'split', 'num_test', 'metrics', 'report', 'peers')}
+    annotate(folder, **facts)
+
+
+def plot_horizon(report: Mapping[str, Any], path: Union[str, Path]) -> None:
+    """Draw each future frame's MSE, one line a model, and save the picture.
+
+    Args:
+        report: What `evaluate` gives.
+        path: Picture file; its suffix tells the format.
+    """
+    from vishub.tasks.classification.metrics import new_figure
+
+    figure = new_figure(7, 4)
+    axis = figure.subplots()
+    lines = {report['model']: report['report']['horizon']}
+    lines.update({peer['name']: peer['horizon'] for peer in report['peers'] if 'horizon' in peer})
+    for name, horizon in lines.items():
+        values = horizon['mse']
+        axis.plot(range(1, len(values) + 1), values, marker='o', markersize=4, label=name)
+    axis.set(xlabel='frames ahead', ylabel=f'MSE, {report["report"]["scale"]}', ylim=(0, None), title=report['data'])
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize='small')
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def _recorded(folder: Optional[Path]) -> Dict[str, Any]:
+    """A folder's metrics.json, empty if there is none."""
+    if folder is None or not (Path(folder) / 'metrics.json').is_file():
+        return {}
+    return json.loads((Path(folder) / 'metrics.json').read_text(encoding='utf-8'))
 
 
 def _clips(pred: Clip, true: Clip) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Moving MNIST (Srivastava et al. 2015, arXiv:1502.04681): digits that drift over a black canvas and bounce off its edges.
+"""Moving MNIST (Srivastava et al. 2015, arXiv:1502.04681): digits drift over a black canvas and bounce off its edges.
 
 Training clips are generated on the fly, as SimVP, OpenSTL and PredFormer do; the published test clips are a file. A
 generated clip is a pure function of (seed, index), so nothing needs to be stored to measure on the same clips again.
@@ -20,7 +20,7 @@ __all__ = ['Digits', 'load_digits', 'moving_digits', 'scale_digits']
 
 STEP = 0.1  # of the free path, a frame
 _DIGIT_SHARE = 28 / 64  # of the canvas's side
-_HELD_OUT = 50  # items of each class for validation, and as many for the test, where the data have no split of their own
+_HELD_OUT = 50  # items of each class that validate, and as many that test, where the data have no split of their own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,14 +11,14 @@ from torch import nn
 from vishub import catalog
 from vishub.errors import InputError
 from vishub.tasks.base import pretrained_cfg_of
-from vishub.tasks.video_prediction.data import ClipSet, TrainingClips, VideoData, load_data
-from vishub.tasks.video_prediction.metrics import VideoMetrics
+from vishub.tasks.classification.training import describe_hardware
+from vishub.tasks.video_prediction.data import TrainingClips, VideoData, as_float, load_data, stack
 from vishub.training.config import TrainConfig
 from vishub.training.loop import TrainResult
 from vishub.training.processes import gather_shares, my_share
 from vishub.training.recipe import Recipe
 
-__all__ = ['VideoPredictionRecipe', 'as_float']
+__all__ = ['VideoPredictionRecipe']
 
 
 class VideoPredictionRecipe(Recipe):
@@ -34,7 +34,7 @@ class VideoPredictionRecipe(Recipe):
         data: Path for `load_data`, or data already read, with clips of twice the model's number of frames.
         model_args: Further arguments of the model, e.g. `{'arrangement': 'full'}`.
         num_digits: See `load_data`.
-        num_clips: Generated clips an epoch, see `load_data`.
+        num_clips, stride: Generated clips an epoch, and pace of videos, see `load_data`.
         seed: Seed of generated clips; give the same as in the config.
         tag: Tag of the weights, as in `predformer_tiny.<tag>`; by default the data's name.
         command: Command line, for the card.
@@ -50,6 +50,7 @@ class VideoPredictionRecipe(Recipe):
             model_args: Optional[Mapping[str, Any]] = None,
             num_digits: int = 2,
             num_clips: int = 10_000,
+            stride: int = 1,
             seed: int = 0,
             tag: Optional[str] = None,
             command: str = '',
@@ -62,7 +63,7 @@ class VideoPredictionRecipe(Recipe):
         else:
             self.data = load_data(
                 data, (like.in_chans, *like.img_size), 2 * self.num_frames, num_digits=num_digits,
-                num_clips=num_clips, seed=seed)
+                num_clips=num_clips, stride=stride, seed=seed)
         if self.data.train is None or not len(self.data.train):
             raise InputError(f'{self.data.name} has no training clips')
         length, channels, *sides = self.data.shape
@@ -133,12 +134,40 @@ class VideoPredictionRecipe(Recipe):
         pixels = np.prod(clips.shape[1:]) if self.data.per_pixel else 1
         return {'mse': mse / pixels, 'mae': mae / pixels, 'skill': 100 * (1 - mse / copy_mse)}
 
+    def finish(self, model: nn.Module, result: TrainResult, config: TrainConfig) -> Path:
+        """Store the weights as fp16, load what was stored, evaluate that, and store the figures beside it."""
+        from vishub.hub import save_folder
+        from vishub.tasks.video_prediction.metrics import evaluate
 
-def as_float(clips: torch.Tensor) -> torch.Tensor:
-    """uint8 as float32 from 0 to 1; floating-point values as float32."""
-    return clips.float() / 255 if clips.dtype == torch.uint8 else clips.float()
-
-
-def stack(clips: ClipSet, indices: Any) -> torch.Tensor:
-    """Clips of these indices, (B, T, C, H, W)."""
-    return torch.from_numpy(np.stack([clips.clip(int(index)) for index in indices]))
+        # architecture without a tag: a fine-tuned model is no longer the tagged one
+        architecture = self.model_name.split('/')[-1].split('.')[0]
+        folder = Path(config.output) / f'{architecture}.{self.tag}'
+        length, channels, *sides = self.data.shape
+        cfg = dict(pretrained_cfg_of(model))
+        cfg.update(
+            architecture=architecture, tag=self.tag, input_size=(channels, *sides), num_frames=self.num_frames,
+            mean=tuple(self.data.mean) * (channels if len(self.data.mean) == 1 else 1),
+            std=tuple(self.data.std) * (channels if len(self.data.std) == 1 else 1),
+            url='', file='', state_dict=None, hf_hub_filename=None,
+            hf_hub_id=f'vishub/{architecture}.{self.tag}', license='apache-2.0')
+        holder: Any = model
+        holder.pretrained_cfg = holder.default_cfg = cfg
+        arguments = {**self.model_args, **self.shape_args}
+        for key in ('drop_rate', 'proj_drop_rate', 'drop_path_rate', 'pretrained'):  # they belong to training
+            arguments.pop(key, None)
+        save_folder(model, folder, metrics={}, card={}, model_args=arguments)
+        metrics: Dict[str, Any] = {
+            'data': self.data.name,
+            'training': {
+                'command': self.command, 'seed': config.seed, 'epochs': config.epochs,
+                'wall_s': round(result.wall_s, 1), 'samples': len(self.train_set()),
+                'hardware': describe_hardware(next(model.parameters()).device),
+                'recipe': {**self.describe(), **config.fingerprint()},
+            },
+        }
+        if self.data.test is not None:
+            report = evaluate([f'local-dir:{folder}'], self.data, device=str(next(model.parameters()).device))
+            metrics.update({key: report[key] for key in ('split', 'num_test', 'metrics', 'report', 'peers')})
+        save_folder(model, folder, metrics=metrics, card={}, model_args=arguments)
+        logging.getLogger('vishub.training.main').info('stored %s: %s', folder, metrics.get('metrics'))
+        return folder
