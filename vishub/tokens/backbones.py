@@ -71,11 +71,10 @@ def attend(
             logits = (q.float().contiguous() * attn.scale) @ k.float().contiguous().transpose(-2, -1)
             probs = (logits if bias is None else logits + bias.float()).softmax(dim=-1)
         out = F.dropout(probs, dropout, attn.training).to(v.dtype) @ v
-        return out, probs[:, :, 0].mean(dim=1), probs
+        return out, probs[:, :, 0].mean(dim=1) if 'class_row' in needs else None, probs
     if 'class_row' in needs:
         with full_precision(q):
-            # One row needs no matmul, which would copy k into another layout first.
-            row = (q[:, :, :1].float() * attn.scale * k.float()).sum(dim=-1)  # B, H, N
+            row = _first_row(q[:, :, 0].float() * attn.scale, k.float())  # B, H, N
             row = row if bias is None else row + bias[..., 0, :].float()
             class_row = row.softmax(dim=-1).mean(dim=1)
     if attn.fused_attn:
@@ -85,6 +84,16 @@ def attend(
         probs = (logits if bias is None else logits + bias).softmax(dim=-1)
         out = attn.attn_drop(probs) @ v
     return out, class_row, None
+
+
+def _first_row(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Products of one query a head (B, H, d) with all keys (B, H, N, d) -> (B, H, N).
+
+    With the heads' queries on the diagonal of one matrix, the keys are read where they lie, side by side in the packed
+    projection; a product head by head would copy them first.
+    """
+    diagonal = torch.diag_embed(q.transpose(1, 2)).transpose(1, 2).flatten(1, 2)  # B, d, H, H -> B, H * d, H
+    return torch.bmm(k.transpose(1, 2).flatten(2), diagonal).transpose(1, 2)
 
 
 def packed_qkv(attn: nn.Module, y: torch.Tensor) -> torch.Tensor:

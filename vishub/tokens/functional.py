@@ -8,7 +8,7 @@ Token Transforming (arXiv 2506.05709), of which only the idea is published and t
 """
 import math
 from contextlib import nullcontext
-from typing import ContextManager, NamedTuple, Optional, Tuple, Union
+from typing import Callable, ContextManager, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from vishub.errors import InputError
 
 __all__ = [
     'Plan', 'bipartite_matching', 'filter_heads', 'fold', 'merge', 'merge_sizes', 'page_rank', 'page_rank_start',
-    'similarity', 'spread', 'take_rows', 'transform', 'transform_matrix', 'unmerge',
+    'similarity', 'spread', 'sum_heads', 'take_rows', 'transform', 'transform_matrix', 'unmerge',
 ]
 
 
@@ -32,14 +32,23 @@ def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
     One flat `index_select` copies whole rows, where `gather` would move single elements.
     """
-    B, N = x.shape[:2]
-    return x.flatten(0, 1).index_select(0, _flat(index, N)).unflatten(0, (B, index.shape[1]))
+    rows = _flat(index, x.shape[1])
+    return x.flatten(0, 1).index_select(0, rows).view(*index.shape, *x.shape[2:])
 
 
 def _flat(index: torch.Tensor, rows: int) -> torch.Tensor:
     """(B, M) positions in sequences of `rows` tokens -> (B * M) positions in all of them laid end to end."""
-    offset = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * rows
-    return (index + offset).flatten()
+    start = torch.arange(0, index.shape[0] * rows, rows, device=index.device)
+    return (index + start.unsqueeze(1)).flatten()
+
+
+def sum_heads(keys: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, d) -> (B, N, d) float32: points where the mean over heads does."""
+    if keys.is_cuda:
+        return keys.sum(dim=1, dtype=torch.float32)
+    # On the CPU head after head is a third faster than the reduction, which is built for long rows.
+    first, *others = keys.unbind(dim=1)
+    return sum(others, first.float())
 
 
 class Plan(NamedTuple):
@@ -93,7 +102,7 @@ def bipartite_matching(metric: torch.Tensor, r: int, prefix: int = 1) -> Plan:
     odd = positions[prefix + 1 - prefix % 2::2]
     with torch.no_grad(), full_precision(metric):
         unit = F.normalize(metric.float(), dim=-1)
-        scores = unit[:, prefix + prefix % 2::2] @ unit[:, prefix + 1 - prefix % 2::2].transpose(1, 2)
+        scores = torch.bmm(unit[:, prefix + prefix % 2::2], unit[:, prefix + 1 - prefix % 2::2].transpose(1, 2))
         best, partner = scores.max(dim=-1)  # B, even
         order = best.argsort(dim=-1, descending=True, stable=True)
         chosen, stay = order[:, :r], order[:, r:]
@@ -109,41 +118,49 @@ def merge_sizes(plan: Plan, size: Optional[torch.Tensor] = None) -> torch.Tensor
     if size is None:
         kept = torch.ones(plan.keep.shape, device=plan.keep.device)
         return kept.scatter_add_(1, plan.target, torch.ones(plan.target.shape, device=plan.keep.device))
-    return size.gather(1, plan.keep).scatter_add(1, plan.target, size.gather(1, plan.source))
+    return size.gather(1, plan.keep).scatter_add_(1, plan.target, size.gather(1, plan.source))
+
+
+# (source rows, destination rows, size of the sources (B * r, 1), size of the destinations) -> source rows, see `fold`
+Modulate = Callable[[torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]], torch.Tensor]
 
 
 def fold(
         x: torch.Tensor,
         plan: Plan,
-        weighted: Optional[torch.Tensor],
-        size: Optional[torch.Tensor],
+        size: Optional[torch.Tensor] = None,
+        modulate: Optional[Modulate] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Average the sources into their destinations, touching no row but the destinations.
 
     Args:
         x: (B, N, D) tokens.
         plan: Of `bipartite_matching`.
-        weighted: (B, r, D) source rows already times their size; None for the tokens' own.
         size: (B, N) float32, or None for all 1.
+        modulate: Changes the sources before they are added: called with their rows and those of their destinations
+            (B, r, D), and the sizes of both (B, r, 1) or None; returns (B, r, D). A source counts with its own size.
 
     Returns:
         Tokens (B, M, D) and sizes (B, M).
     """
-    new_size = merge_sizes(plan, size)
+    shape = (*plan.target.shape, -1)  # B, r, D
     kept = take_rows(x, plan.keep)
-    M = kept.shape[1]
-    target = _flat(plan.target, M)
+    target = _flat(plan.target, kept.shape[1])
     rows = kept.flatten(0, 1)  # a view: what is added here is added to `kept`
-    old = rows.index_select(0, target).view(*plan.target.shape, -1)  # B, r, D destinations before any merging
+    source = take_rows(x, plan.source)
+    old = rows.index_select(0, target).view(shape)  # destinations before any merging
+    new_size = merge_sizes(plan, size)
     share = new_size.gather(1, plan.target).reciprocal()  # B, r
-    # (size_b b + sum s') / new = b + sum (s' - size_s b) / new: one addition a source, also where they share b.
-    if weighted is None:
-        if size is not None:
-            share = share * size.gather(1, plan.source)
-        delta = (take_rows(x, plan.source) - old) * share.unsqueeze(-1).to(x.dtype)
-    else:
-        own = old if size is None else old * size.gather(1, plan.source).unsqueeze(-1).to(x.dtype)
-        delta = (weighted - own) * share.unsqueeze(-1).to(x.dtype)
+    if size is not None:
+        source_size = size.gather(1, plan.source)
+        share = share * source_size
+    if modulate is not None and size is not None:
+        old_size = size.gather(1, plan.keep.gather(1, plan.target))
+        source = modulate(source, old, source_size.unsqueeze(-1).to(x.dtype), old_size.unsqueeze(-1).to(x.dtype))
+    elif modulate is not None:
+        source = modulate(source, old, None, None)
+    # (size_b b + sum size_s s) / new = b + sum size_s (s - b) / new: one addition a source, also where they share b.
+    delta = (source - old) * share.unsqueeze(-1).to(x.dtype)
     rows.index_add_(0, target, delta.flatten(0, 1).to(rows.dtype))
     return kept, new_size
 
@@ -183,7 +200,7 @@ def merge(
         new_size = weight @ x.new_ones(N, 1, dtype=torch.float32)  # B, M, 1
         return (weight / new_size).to(x.dtype) @ x, new_size.squeeze(-1)
     if mode == 'mean':
-        return fold(x, plan, None, size)
+        return fold(x, plan, size)
     index = plan.target.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     merged = take_rows(x, plan.keep).scatter_reduce(1, index, take_rows(x, plan.source), reduce=mode)
     return merged, merge_sizes(plan, size)
@@ -194,27 +211,30 @@ def unmerge(x: torch.Tensor, plan: Plan) -> torch.Tensor:
     return take_rows(x, plan.assignment())
 
 
-def page_rank_start(tokens: int, class_tokens: int, boost: bool = True, mask: Optional[torch.Tensor] = None,
-                    device: Union[str, torch.device, None] = None) -> torch.Tensor:
+def page_rank_start(
+        tokens: int,
+        class_tokens: int,
+        boost: bool = True,
+        present: Optional[int] = None,
+        device: Union[str, torch.device, None] = None,
+) -> torch.Tensor:
     """First scores of weighted page rank: 1 a token, sqrt(N) a class-like token (`boost`), over their sum.
 
     Args:
         tokens: N.
         class_tokens: Leading tokens that are boosted.
         boost: False gives all tokens the same score.
-        mask: (..., N) 0/1 float32, tokens that take part; N under the root is then their number, which must be the
-            same in every row.
+        present: How many of the tokens take part in a vote with a mask: N under the root, and what the sum is over.
 
     Returns:
-        (N,), or the shape of `mask`; float32, rows sum to 1.
+        (N,) float32; the scores of those present sum to 1.
     """
-    present = torch.ones(tokens, device=device) if mask is None else mask
-    if not boost or class_tokens == 0:
-        return present / present.sum(-1, keepdim=True)
-    boosted = (torch.arange(tokens, device=present.device) < class_tokens).float()
-    count = present.sum(-1, keepdim=True)
-    weights = present * (1 + boosted * (count.sqrt() - 1))
-    return weights / weights.sum(-1, keepdim=True)
+    present = tokens if present is None else present
+    weight = math.sqrt(present) if boost else 1.
+    total = present + class_tokens * (weight - 1)
+    start = torch.full((tokens,), 1 / total, device=device)
+    start[:class_tokens] = weight / total
+    return start
 
 
 def page_rank(
@@ -228,7 +248,7 @@ def page_rank(
     Args:
         attn: (..., N, N) attention probabilities, rows (queries) sum to 1.
         iterations: Votes, 1 or more.
-        start: (..., N) first scores that sum to 1; None for equal ones.
+        start: (..., N) first scores, those inside the mask sum to 1; None for equal ones.
         mask: (..., N) 0/1 float32: vote on the graph of these tokens alone, its rows renormalised. Exact, and without
             a copy of the matrix.
 
@@ -242,21 +262,22 @@ def page_rank(
         raise InputError(f'page_rank: iterations is {iterations}; at least one vote is needed')
     N = attn.shape[-1]
     with full_precision(attn):
-        attn = attn.float()
+        matrix = attn.float().reshape(-1, N, N)
         if start is None:
-            start = page_rank_start(N, 0, mask=mask, device=attn.device)
-        score = start.expand(attn.shape[:-1]).unsqueeze(-2)  # ..., 1, N: a row times the matrix streams its rows
+            start = attn.new_ones(N, dtype=torch.float32) if mask is None else mask
+            start = start / start.sum(-1, keepdim=True)
+        score = start.expand(attn.shape[:-1]).reshape(-1, 1, N)  # a row times the matrix streams the matrix's rows
         if mask is None:
             for _ in range(iterations):
-                score = score @ attn
-            return score.squeeze(-2)
-        mask = mask.expand(attn.shape[:-1])
-        row_sum = mask.unsqueeze(-2) @ attn.transpose(-2, -1)  # ..., 1, N: what of each row stays inside
+                score = torch.bmm(score, matrix)
+            return score.view(attn.shape[:-1])
+        mask = mask.expand(attn.shape[:-1]).reshape(-1, 1, N)
+        row_sum = torch.bmm(mask, matrix.transpose(1, 2))  # what of each row stays inside
         # A row that looks at nobody inside has no vote to give; the floor only avoids 0 / 0.
-        give = mask.unsqueeze(-2) / row_sum.clamp_min(torch.finfo(torch.float32).tiny)
+        give = mask / row_sum.clamp_min(torch.finfo(torch.float32).tiny)
         for _ in range(iterations):
-            score = ((score * give) @ attn) * mask.unsqueeze(-2)
-        return score.squeeze(-2)
+            score = torch.bmm(score * give, matrix)  # `give` is 0 outside
+        return (score * mask).view(attn.shape[:-1])
 
 
 def filter_heads(
@@ -265,7 +286,7 @@ def filter_heads(
         vmin: float = 0.01,
         vmax: Optional[float] = 0.7,
         eir: bool = True,
-        mask: Optional[torch.Tensor] = None,
+        present: Optional[int] = None,
 ) -> torch.Tensor:
     """Head filter and aggregation (Zero-TPrune, sections 3.2.2 and 3.2.3).
 
@@ -278,27 +299,22 @@ def filter_heads(
         prefix: Leading tokens left out of the variance.
         vmin, vmax: Bounds; None for no upper bound.
         eir: Root mean square over the heads that count ("emphasising informative region"); False for their mean.
-        mask: (B, 1, N) 0/1, tokens that take part.
+        present: How many patch tokens take part, the others having score 0; default all N - prefix.
 
     Returns:
         (B, N) importance.
     """
-    patches = scores[..., prefix:]
-    if mask is None:
-        centred = patches / patches.mean(-1, keepdim=True) - 1
-        variance = centred.square().mean(-1)
-    else:
-        inside = mask[..., prefix:]
-        count = inside.sum(-1, keepdim=True)
-        centred = (patches / ((patches * inside).sum(-1, keepdim=True) / count) - 1) * inside
-        variance = centred.square().sum(-1) / count.squeeze(-1)
+    count = scores.shape[-1] - prefix if present is None else present
+    squares = scores.square()
+    # mean(s^2) / mean(s)^2 - 1, in sums, to which scores of 0 add nothing
+    variance = (count * squares[..., prefix:].sum(-1) / scores[..., prefix:].sum(-1).square() - 1).clamp_min_(0)
     use = variance >= vmin
     if vmax is not None:
         use = use & (variance <= vmax)
     use = (use | ~use.any(dim=1, keepdim=True)).unsqueeze(-1)  # B, H, 1
     heads = use.sum(dim=1)  # B, 1
     if eir:
-        return ((scores.square() * use).sum(dim=1) / heads).sqrt()
+        return ((squares * use).sum(dim=1) / heads).sqrt()
     return (scores * use).sum(dim=1) / heads
 
 
@@ -311,7 +327,9 @@ def similarity(a: torch.Tensor, b: torch.Tensor, metric: str = 'cosine') -> torc
     with full_precision(a):
         a, b = a.float(), b.float()
         if metric == 'cosine':
-            return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2)
+            # Dividing the products, of which there are fewer than features; a row of norm 0 is similar to nothing.
+            norms = a.norm(dim=-1, keepdim=True) * b.norm(dim=-1).unsqueeze(1)
+            return torch.bmm(a, b.transpose(1, 2)) / norms.clamp_min(torch.finfo(torch.float32).tiny)
         if metric == 'dot':
             return a @ b.transpose(1, 2)
         if metric == 'euclidean':
@@ -327,6 +345,7 @@ def transform_matrix(
         tau: float = 0.1,
         targets: int = 4,
         own: bool = True,
+        prefix: int = 0,
 ) -> torch.Tensor:
     """Column weights of token transforming: how much of every token each anchor takes.
 
@@ -336,9 +355,10 @@ def transform_matrix(
         tau: Temperature; 0 gives every token to its most similar anchor alone.
         targets: Anchors a token may go to; more than M is clipped.
         own: An anchor's own column is one-hot on itself.
+        prefix: Rows of zeros to put in front, for tokens that take nothing.
 
     Returns:
-        P (B, M, n) float32, columns sum to 1. A view of a tensor with the n in front.
+        P (B, prefix + M, n) float32, columns sum to 1. A view of a tensor with the n in front.
 
     Raises:
         InputError: If tau is negative, not finite, or targets below 1.
@@ -351,10 +371,11 @@ def transform_matrix(
     targets = 1 if tau == 0 else min(targets, M)
     best = similar.transpose(1, 2).topk(targets, dim=-1)  # B, n, K
     weight = (best.values / tau).softmax(dim=-1) if tau > 0 else torch.ones_like(best.values)
-    columns = torch.zeros(B, n, M, device=similar.device, dtype=weight.dtype).scatter_(2, best.indices, weight)
+    columns = torch.zeros(B, n, prefix + M, device=similar.device, dtype=weight.dtype)
+    columns.scatter_(2, best.indices + prefix if prefix else best.indices, weight)
     if own:
-        identity = torch.eye(M, device=similar.device, dtype=weight.dtype).expand(B, M, M)
-        columns = columns.scatter(1, anchors.unsqueeze(-1).expand(B, M, M), identity)
+        identity = torch.eye(prefix + M, device=similar.device, dtype=weight.dtype)[prefix:].expand(B, -1, -1)
+        columns = columns.scatter(1, anchors.unsqueeze(-1).expand_as(identity), identity)
     return columns.transpose(1, 2)
 
 

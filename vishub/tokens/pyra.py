@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vishub.errors import InputError
-from vishub.tokens.functional import Plan, fold, take_rows
+from vishub.tokens.functional import Plan, fold
 from vishub.tokens.method import Layout, Seen, State, register_method, whole
 from vishub.tokens.tome import ToMe
 
@@ -146,15 +146,18 @@ class PYRA(ToMe):
 
     def merge(self, x: torch.Tensor, plan: Plan, state: State, seen: Seen) -> Tuple[torch.Tensor, torch.Tensor]:
         block = seen.block
-        destination = plan.keep.gather(1, plan.target)  # B, r old positions
-        source, target = take_rows(x, plan.source), take_rows(x, destination)  # B, r, D
-        if state.size is not None:
-            source = source * state.size.gather(1, plan.source).unsqueeze(-1).to(x.dtype)
-            target = target * state.size.gather(1, destination).unsqueeze(-1).to(x.dtype)
-        info = block.pyra_norm(source + target)
-        channel = 2 * torch.sigmoid(block.pyra_a.t() @ info)  # B, 1, D in 0..2
-        token = 2 * torch.sigmoid(info @ block.pyra_b.t()) - 1  # B, r, 1 in -1..1
-        return fold(x, plan, source + source * channel * token, state.size)
+
+        def modulate(source: torch.Tensor, target: torch.Tensor, source_size: Optional[torch.Tensor],
+                     target_size: Optional[torch.Tensor]) -> torch.Tensor:
+            if source_size is None:
+                info = block.pyra_norm(source + target)
+            else:
+                info = block.pyra_norm(source * source_size + target * target_size)
+            channel = 2 * torch.sigmoid(block.pyra_a.t() @ info)  # B, 1, D in 0..2
+            token = 2 * torch.sigmoid(info @ block.pyra_b.t()) - 1  # B, r, 1 in -1..1
+            return source + source * channel * token
+
+        return fold(x, plan, state.size, modulate)
 
     def overhead(self, layer: int, before: int, after: int, heads: int, head_dim: int, width: int) -> int:
         return super().overhead(layer, before, after, heads, head_dim, width) + 4 * (before - after) * width

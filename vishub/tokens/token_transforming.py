@@ -9,11 +9,10 @@ import warnings
 from typing import List, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vishub.errors import InputError
-from vishub.tokens.functional import similarity, spread, take_rows, transform_matrix
+from vishub.tokens.functional import similarity, spread, sum_heads, take_rows, transform_matrix
 from vishub.tokens.method import Method, Seen, State, number, register_method, whole, with_prefix
 
 __all__ = ['TokenTransforming']
@@ -71,15 +70,16 @@ class TokenTransforming(Method):
             keep = with_prefix(order[:, :seen.count - prefix].sort(dim=-1).values, prefix)  # B, prefix + M
             anchors = keep[:, prefix:]
             rest = order[:, seen.count - prefix:] + prefix  # B, n - M
-            metric = seen.keys.float().sum(dim=1)  # B, N, d; the sum over heads points where their mean does
-            similar = similarity(take_rows(metric, anchors), take_rows(metric, rest))  # B, M, n - M
-            columns = transform_matrix(similar, anchors, self.tau, self.targets, own=False)
-            onto = F.pad(columns, (0, 0, prefix, 0))  # B, prefix + M, n - M: prefix tokens take nothing
+            metric = sum_heads(seen.keys)  # B, N, d
+            # Both in the memory order in which each token that goes looks through the anchors.
+            similar = similarity(take_rows(metric, rest), take_rows(metric, anchors)).transpose(1, 2)  # B, M, n - M
+            # Prefix tokens take nothing.
+            onto = transform_matrix(similar, anchors, self.tau, self.targets, own=False, prefix=prefix)
         y, size = spread(x, keep, rest, onto, state.size)
         return y, State(
             size=size,
             index=None if state.index is None else state.index.gather(1, keep),
-            move=_all_columns(columns, anchors, rest, prefix) if seen.record else None,
+            move=_all_columns(onto[:, prefix:], anchors, rest, prefix) if seen.record else None,
             importance=importance if seen.record else None,
         )
 

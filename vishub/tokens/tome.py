@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vishub.errors import InputError
-from vishub.tokens.functional import Plan, bipartite_matching, merge
+from vishub.tokens.functional import Plan, bipartite_matching, merge, sum_heads
 from vishub.tokens.method import Method, Seen, State, number, register_method, whole
 
 __all__ = ['ToMe', 'merge_schedule']
@@ -85,8 +85,7 @@ class ToMe(Method):
 
     def reduce(self, x: torch.Tensor, state: State, seen: Seen) -> Tuple[torch.Tensor, State]:
         with torch.no_grad():
-            # The sum over heads points where their mean does.
-            plan = bipartite_matching(seen.keys.float().sum(dim=1), x.shape[1] - seen.count, seen.prefix)
+            plan = bipartite_matching(sum_heads(seen.keys), x.shape[1] - seen.count, seen.prefix)
         x, size = self.merge(x, plan, state, seen)
         return x, State(
             size=size,

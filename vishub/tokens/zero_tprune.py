@@ -129,12 +129,12 @@ class ZeroTPrune(Method):
                              f'lower it or tokens_after[{layer}]')
         return count
 
-    def importance(self, seen: Seen, votes: int, mask: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Page rank, head filter and aggregation: (B, N). `mask` (B, 1, N) as in `page_rank`."""
+    def importance(self, seen: Seen, votes: int, mask: Optional[torch.Tensor] = None, gone: int = 0) -> torch.Tensor:
+        """Page rank, head filter and aggregation: (B, N). `mask` (B, 1, N) as in `page_rank`, 0 for `gone` tokens."""
         N = seen.probs.shape[-1]
-        start = page_rank_start(N, seen.class_tokens, self.boost, mask, seen.probs.device)
+        start = page_rank_start(N, seen.class_tokens, self.boost, N - gone, seen.probs.device)
         scores = page_rank(seen.probs, votes, start, mask)
-        return filter_heads(scores, seen.prefix, self.vmin, self.vmax, self.eir, mask)
+        return filter_heads(scores, seen.prefix, self.vmin, self.vmax, self.eir, N - gone - seen.prefix)
 
     def similar_patches(self, x: torch.Tensor, seen: Seen, importance: torch.Tensor, count: int) -> torch.Tensor:
         """Stage S: (B, count) positions among the patches of those most similar to one of the other part."""
@@ -168,8 +168,8 @@ class ZeroTPrune(Method):
             gone = self.similar_patches(x, seen, self.importance(seen, 1), similar) + prefix
             mask = torch.ones(x.shape[:2], device=x.device).scatter_(1, gone, 0.)
             # What went as similar has no edges left: votes are cast on the graph of the others (inferred).
-            importance = self.importance(seen, votes, mask.unsqueeze(1))
-            ranked = importance.masked_fill(mask == 0, -1.)
+            importance = self.importance(seen, votes, mask.unsqueeze(1), similar)
+            ranked = importance + (mask - 1)  # below all that stay
         else:
             importance = ranked = self.importance(seen, votes)
         order = ranked[:, prefix:].argsort(dim=-1, descending=True, stable=True)
