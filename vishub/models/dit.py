@@ -139,7 +139,12 @@ class SoftmaxAttention(nn.Module):
         batch_size, num_tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch_size, num_tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B, N, 3, heads, d -> 3 of B, heads, N, d
-        x = F.scaled_dot_product_attention(q, k, v)
+        if self.training and x.device.type == 'cpu' and num_tokens <= 256:
+            # On a CPU the gradient of the fused kernel takes half of a training step in bfloat16; this one step of
+            # dit_small28 in 0.35 s instead of 0.50 s (64 pictures, one core).
+            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1).to(v.dtype) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))  # B, heads, N, d -> B, N, D
 
 

@@ -288,7 +288,7 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for part in range(config.grad_accum):
             inputs, targets = self.recipe.prepare(self.to_device(next(batches)), side, training=True)
-            if config.channels_last and inputs.ndim == 4:
+            if config.channels_last and isinstance(inputs, torch.Tensor) and inputs.ndim == 4:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
             last = part == config.grad_accum - 1
             # processes exchange gradients only behind the last part
@@ -312,13 +312,14 @@ class _Run:
                 f'the loss is {value} at step {self.step}; lower the learning rate, or train with amp=no')
         return value
 
-    def forward(self, inputs: torch.Tensor) -> Any:
+    def forward(self, inputs: Any) -> Any:
         """The model's output, in float32, computed under autocast where `amp` asks for it."""
+        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
         if self.sharding is None:
-            return self.wrapped(inputs)  # so wrapped by Accelerate
+            return self.wrapped(*arguments)  # so wrapped by Accelerate
         from accelerate.utils import convert_to_fp32
         with self.accelerator.autocast():
-            output = self.wrapped(inputs)
+            output = self.wrapped(*arguments)
         return output if self.config.amp == 'no' else convert_to_fp32(output)
 
     @torch.no_grad()

@@ -40,9 +40,10 @@ class Recipe(abc.ABC):
         """
 
     @abc.abstractmethod
-    def prepare(self, batch: Any, side: int, training: bool) -> Tuple[torch.Tensor, Any]:
+    def prepare(self, batch: Any, side: int, training: bool) -> Tuple[Any, Any]:
         """Turn a collated batch, already on the device, into (model input, targets of the loss).
 
+        The model input is a tensor, or a tuple of the arguments of a model that takes several.
         Work that is cheaper on a batch than on a sample belongs here: resizing, normalising, mixing. Randomness may
         come from torch's, numpy's and Python's global generators: the loop seeds them at every step.
         """

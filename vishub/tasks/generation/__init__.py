@@ -1,0 +1,1 @@
+"""Pictures from noise: class-conditional and text-to-image diffusion."""
