@@ -14,7 +14,9 @@ import json
 import math
 import multiprocessing
 import platform
+import shlex
 import statistics
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,7 +327,7 @@ def save(rows: List[Dict[str, Any]], setting: Dict[str, Any], kind: str, folder:
         f'# Classification models, {kind}', '',
         ', '.join(f'{name.replace("_", " ")} {value}' for name, value in setting.items()) + '.', '',
         'Deployed form (branches merged), random weights, models in turns, median of the rounds; memory at the batch '
-        'size of the throughput. Ours are bold. Made by `python benchmarks/models.py`.', '',
+        f'size of the throughput. Ours are bold. Made by `python benchmarks/models.py {shlex.join(sys.argv[1:])}`.', '',
         table(rows, batch),
         f'![Throughput against multiply-accumulates](models_{kind}.png)', '',
     ]

@@ -160,7 +160,7 @@ _FAMILIES = (
         arxiv='2511.21132',
         repository='INVOKERer/DeepRFTv2',
         code_licence='no licence file',
-        notes='Preprint. No download of the official weights was found.',
+        notes='Preprint. No download of the official weights was found. Same numbers as the official code.',
     ),
     Family(
         name='predformer',
@@ -222,6 +222,9 @@ _FAMILIES = (
 )
 
 _ARCHITECTURES = (
+    Architecture('deeprftv2_s', 'deeprftv2', (3, 256, 256)),
+    Architecture('deeprftv2_b', 'deeprftv2', (3, 256, 256)),
+    Architecture('deeprftv2_tiny', 'deeprftv2', (3, 64, 64)),
     Architecture('dit_s_2', 'dit', (4, 32, 32)),
     Architecture('dit_s_4', 'dit', (4, 32, 32)),
     Architecture('dit_s_8', 'dit', (4, 32, 32)),
@@ -363,8 +366,8 @@ _WEIGHTS: Tuple[Weight, ...] = (
         name='vit_mini_patch2_28.fashion_mnist',
         data='Fashion-MNIST',
         metric='top1',
-        value=88.15,
-        sha256='c0633ff292862ecc1affb671405737d9a956a586fb1293fd3012b56092d905bf',
+        value=89.26,
+        sha256='a298c3d80a037162783be8de18219c8f2da1e1bf1947ebfee0f140f670fe9476',
         size=2738748,
         licence='apache-2.0',
     ),
