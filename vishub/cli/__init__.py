@@ -12,7 +12,17 @@ from vishub.cli.root import app
 __all__ = ['app', 'main']
 
 # The files that add verbs, in the order of --help. A task joins with its `train_<task>`.
-for _file in ('look', 'predict', 'train_classification', 'evaluate', 'prune', 'tokens', 'share'):
+for _file in (
+        'look',
+        'predict',
+        'train_classification',
+        'train_generation',
+        'train_video_prediction',
+        'evaluate',
+        'prune',
+        'tokens',
+        'share',
+):
     importlib.import_module(f'vishub.cli.{_file}')
 
 
