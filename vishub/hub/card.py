@@ -22,7 +22,11 @@ _PIPELINE_TAGS = {
 _METRIC_TYPES = {'top1': 'accuracy'}
 # our data set -> its name on the Hub
 _HUB_DATASETS = {'CIFAR-10 (JPEG)': 'uoft-cs/cifar10', 'Fashion-MNIST': 'zalando-datasets/fashion_mnist'}
-_METRIC_TITLES = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'ece': 'Calibration error (0 to 1)'}
+_METRIC_TITLES = {
+    'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'ece': 'Calibration error (0 to 1)',
+    'agreement': 'Class agreement (%)', 'frechet': "Fréchet distance in the judge's features",
+    'fid': 'FID',
+}
 
 
 def model_card(
@@ -46,7 +50,8 @@ def model_card(
         f'# {name}\n',
         _what(family, config, metrics, card),
         _results(metrics),
-        _use(name, config, repository),
+        _pictures(card),
+        _use(name, config, card, repository),
         _training(metrics),
         _peers(name, metrics),
         _robustness(metrics, card),
@@ -140,7 +145,13 @@ def _results(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _use(name: str, config: Mapping[str, Any], repository: Optional[str]) -> str:
+def _pictures(card: Mapping[str, Any]) -> str:
+    return '\n'.join(f'![{caption}]({file})\n' for file, caption in card.get('pictures', ()))
+
+
+def _use(name: str, config: Mapping[str, Any], card: Mapping[str, Any], repository: Optional[str]) -> str:
+    if 'use' in card:
+        return f'## Use\n\n```python\n{card["use"]}```\n'
     registered = name in timm.list_models(config['architecture'], include_tags=True)
     source = f'hf-hub:{repository}' if repository else name if registered else f'local-dir:{name}'
     channels = config['pretrained_cfg']['input_size'][0]
@@ -232,10 +243,10 @@ def _robustness(metrics: Mapping[str, Any], card: Mapping[str, Any]) -> str:
 
 
 def _limits(config: Mapping[str, Any], card: Mapping[str, Any]) -> str:
-    limits = [
-        f'It knows the {config["num_classes"]} classes of its training data and calls everything one of them.',
-        *card.get('limits', ()),
-    ]
+    limits = list(card.get('limits', ()))
+    if 'use' not in card:  # a classifier, as the usual snippet
+        limits.insert(0, f'It knows the {config["num_classes"]} classes of its training data and calls everything one '
+                         'of them.')
     return '## Limits\n\n' + ''.join(f'- {sentence}\n' for sentence in limits)
 
 

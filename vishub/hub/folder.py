@@ -14,7 +14,8 @@
     robustness  dict   optional; {'metric': 'top1', 'severities': [0, 1, 2, 3, 4, 5] (0 is clean), 'num_images': 2000,
                        'models': {name: {'noise': [one number a severity], 'blur': […], …}}}
     card        dict   what only a person can say, all optional: 'licence' (SPDX, default apache-2.0), 'limits' (list of
-                       sentences), 'datasets' (Hub ids), 'description', 'robustness_plot' (file name in the folder)
+                       sentences), 'datasets' (Hub ids), 'description', 'robustness_plot' (file name in the folder),
+                       'use' (Python code, instead of a classifier's), 'pictures' (list of [file name, caption])
     num_params  int    parameters of the model (written here)
     sha256      str    of model.safetensors (written here)
     size        int    of model.safetensors in bytes (written here)

@@ -15,7 +15,7 @@ from vishub.models.dit import DiffusionTransformer
 from vishub.tasks import drawing
 from vishub.tasks.base import Pipeline, Progress, Result, pretrained_cfg_of
 from vishub.tasks.generation.data import to_pixels
-from vishub.tasks.generation.sampling import StepState, check_steps, draw_noise, make_scheduler, sample
+from vishub.tasks.generation.sampling import check_steps, draw_noise, make_scheduler, sampling_steps
 
 __all__ = ['GenerationPipeline', 'GenerationResult', 'load_autoencoder', 'picture_grid']
 
@@ -268,23 +268,20 @@ class GenerationPipeline(Pipeline):
         start = time.perf_counter()
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first:first + batch_size]
-            kept: List[torch.Tensor] = []
-
-            def after_step(state: StepState) -> None:
-                nonlocal done
-                done += 1
+            noise, generators = draw_noise((self.model.in_chans, *size), [own for _, own in batch])
+            denoise = self._denoiser([named[which] for which, _ in batch], guidance)
+            scheduler = make_scheduler(
+                solver, num_inference_steps, learn_sigma=self.model.learn_sigma, clip=not self.latent)
+            x = noise.to(self.device)
+            kept = []
+            for state in sampling_steps(denoise, x, scheduler, generators, clip=not self.latent):
+                x, done = state.x, done + 1
                 if state.step in keep:
-                    kept.append(state.x)
+                    kept.append(x)
                 if callback is not None:
                     callback(done, total, self._preview(state.x_start))
                 if progress is not None:
                     progress(done, total)
-
-            denoise = self._denoiser([named[which] for which, _ in batch], guidance)
-            noise, generators = draw_noise((self.model.in_chans, *size), [own for _, own in batch])
-            clip = not self.latent
-            scheduler = make_scheduler(solver, num_inference_steps, learn_sigma=self.model.learn_sigma, clip=clip)
-            x = sample(denoise, noise.to(self.device), scheduler, generators, clip, after_step)
             if not x.isfinite().all():
                 raise InputError(f"'{self.name}' made values that are not finite: its weights are damaged")
             pictures += self._decode(x)

@@ -4,14 +4,16 @@ The solvers agree with the official DiT loops (tests/tasks/generation/test_sampl
 'N', `ddim` with 'ddimN'. `dpm++` is DPM-Solver++ of second order (arXiv:2211.01095), for few steps.
 """
 from dataclasses import dataclass
-from typing import Any, Callable, List, Optional, Sequence, Union
+from typing import Any, Callable, Iterator, List, Sequence, Union
 
 import torch
 
 from vishub.errors import InputError, import_extra
 from vishub.tasks.generation.diffusion import BETA_END, BETA_START, NUM_TIMESTEPS
 
-__all__ = ['MIN_STEPS', 'SOLVERS', 'StepState', 'check_steps', 'draw_noise', 'make_scheduler', 'sample']
+__all__ = [
+    'MIN_STEPS', 'SOLVERS', 'StepState', 'check_steps', 'draw_noise', 'make_scheduler', 'sample', 'sampling_steps',
+]
 
 SOLVERS = ('dpm++', 'ddim', 'ddpm')
 MIN_STEPS = 2
@@ -99,43 +101,41 @@ def draw_noise(shape: Sequence[int], seeds: Sequence[int]) -> List[Any]:
     return [torch.stack([torch.randn(*shape, generator=generator) for generator in generators]), generators]
 
 
-@torch.no_grad()
-def sample(
+def sampling_steps(
         denoise: Denoise,
         x: torch.Tensor,
         scheduler: Any,
         generator: Union[torch.Generator, List[torch.Generator], None] = None,
         clip: bool = False,
-        callback: Optional[Callable[[StepState], None]] = None,
-) -> torch.Tensor:
-    """Run a solver from noise to clean pictures or latents.
+) -> Iterator[StepState]:
+    """Run a solver from noise to clean pictures or latents, step by step.
 
     Args:
         denoise: See `Denoise`; gets the timestep as a 0-d tensor.
         x: Noise, float (B, C, H, W).
-        scheduler: From `make_scheduler`.
+        scheduler: From `make_scheduler`; it is used up.
         generator: Source of the noise that `ddpm` adds, one a picture or one for all.
         clip: As given to `make_scheduler`.
-        callback: Called after each step. An exception that it raises ends the sampling.
-
-    Returns:
-        (B, C, H, W).
     """
     channels = x.shape[1]
+    takes_pictures = scheduler.config.prediction_type == 'sample'
+    learned_variance = getattr(scheduler.config, 'variance_type', None) == 'learned_range'
+    random = {} if takes_pictures else {'generator': generator}
     for number, timestep in enumerate(scheduler.timesteps):
-        output = denoise(x, timestep.to(x.device))
-        noise = output[:, :channels].float()
-        signal = scheduler.alphas_cumprod[int(timestep)].item()
-        x_start = (x - (1 - signal) ** 0.5 * noise) / signal ** 0.5
-        x_start = x_start.clamp(-1, 1) if clip else x_start
-        if scheduler.config.prediction_type == 'sample':
-            given = x_start
-        elif getattr(scheduler.config, 'variance_type', None) == 'learned_range':
-            given = output.float()
-        else:
-            given = noise
-        random = {} if scheduler.config.prediction_type == 'sample' else {'generator': generator}
-        x = scheduler.step(given, timestep, x, **random).prev_sample
-        if callback is not None:
-            callback(StepState(number + 1, len(scheduler.timesteps), x, x_start))
+        with torch.no_grad():
+            output = denoise(x, timestep.to(x.device)).float()
+            signal = scheduler.alphas_cumprod[int(timestep)].item()
+            x_start = (x - (1 - signal) ** 0.5 * output[:, :channels]) / signal ** 0.5
+            x_start = x_start.clamp(-1, 1) if clip else x_start
+            given = x_start if takes_pictures else output if learned_variance else output[:, :channels]
+            x = scheduler.step(given, timestep, x, **random).prev_sample
+        yield StepState(number + 1, len(scheduler.timesteps), x, x_start)
+
+
+def sample(*arguments: Any, **options: Any) -> torch.Tensor:
+    """The end of `sampling_steps`, (B, C, H, W)."""
+    x = None
+    for state in sampling_steps(*arguments, **options):
+        x = state.x
+    assert x is not None  # there are at least MIN_STEPS
     return x
