@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 import vishub
 from vishub import catalog, cli
+from vishub.hub import convert as convert_module
 from vishub.hub.convert import convert, read_checkpoint, state_dict_of
+from vishub.pruning.official import load_official
 
 _spec = importlib.util.spec_from_file_location(
     'official_weights', Path(__file__).parents[1] / 'models' / 'official_weights.py')
@@ -142,6 +144,96 @@ def test_prunable_nvit_tells_its_sizes_by_its_shapes(tmp_path):
     convert('nvit', saved(tmp_path / 'b.pth', {'model': pruned(dims), 'dim': dims}), tmp_path / 'dense')
     one, other = load(tmp_path / 'out').state_dict(), load(tmp_path / 'dense').state_dict()
     assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_nvit_with_token_scales(tmp_path):
+    dims = dict(EMB=48, head=[2, 3], QK=[8, 16], V=[16, 8], MLP=[64, 96])
+    tensors = pruned(dims)
+    file = saved(tmp_path / 'a.pth', {'model': tensors, 'dim': dims, 'args': argparse.Namespace(lr=1e-3)})
+    folder = convert('nvit', file, tmp_path / 'out').folder
+    model = load(folder)
+    scales = tensors['blocks.1.attn.qkv.token_mask']
+    assert torch.equal(model.blocks[1].attn.token_scale.flatten(), scales.flatten()) and scales.std() > 0.01
+    with pytest.warns(UserWarning, match='CC BY-NC-SA'):
+        other = load_official(file)
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(model(image), other(image))
+
+
+@torch.no_grad()
+def test_dit_from_its_averaged_weights(tmp_path):
+    case = official.load_case('lit', 'dit_s_2_256')
+    file = saved(tmp_path / 'a.pt', {
+        'model': {key: torch.zeros(()).expand_as(value) for key, value in case.state_dict.items()},
+        'ema': case.state_dict, 'opt': {'state': {}}, 'args': argparse.Namespace(cfg_scale=4.0)})
+    done = convert('dit', file, tmp_path / 'dit_s_2.mine')
+    assert (done.architecture, done.num_classes, done.entry) == ('dit_s_2', 1000, 'ema')
+    assert done.licence == 'cc-by-nc-4.0'
+    x, t, y = (torch.as_tensor(case.inputs[key]) for key in 'xty')
+    case.check('out', load(done.folder)(x, t, y))
+
+
+def best_fit(name, tensors):
+    return convert_module._best_fit(name, Path('a.pth'), {}, tensors)
+
+
+def test_dit_of_other_sizes():
+    with torch.device('meta'):
+        tensors = {name: timm.create_model(name).state_dict() for name in ('dit_s_2_512', 'dit_small28')}
+        own = timm.create_model('dit_small28', img_size=32, num_classes=4, learn_sigma=False).state_dict()
+    # fits dit_s_2 with another image size, too; what is registered goes first
+    assert best_fit('dit', tensors['dit_s_2_512'])[0].name == 'dit_s_2_512'
+    assert best_fit('dit_s_2', tensors['dit_s_2_512'])[1] == {'num_classes': 1000, 'img_size': 64}
+    assert best_fit('dit', tensors['dit_small28'])[1] == {'num_classes': 10}
+    row, arguments = best_fit('dit', own)
+    assert (row.name, arguments) == ('dit_small28', {'num_classes': 4, 'img_size': 32, 'learn_sigma': False})
+    with pytest.raises(vishub.InputError, match='holds dit_s_2_512, not dit_b_2'):
+        best_fit('dit_b_2', tensors['dit_s_2_512'])
+
+
+@torch.no_grad()
+def test_predformer_needs_a_name_where_two_share_theirs(tmp_path):
+    case = official.load_case('predformer', 'predformer_fac_st_taxibj_32')
+    tensors = {f'module.{key}': value for key, value in case.state_dict.items()}
+    file = saved(tmp_path / 'latest.pth', {'epoch': 3, 'state_dict': tensors, 'optimizer': {}, 'scheduler': {}})
+    with pytest.raises(vishub.InputError, match='fits predformer_fac_st_taxibj and predformer_fac_ts_taxibj'):
+        convert('predformer', file, tmp_path / 'out')
+    done = convert('predformer_fac_st_taxibj', file, tmp_path / 'out')
+    assert (done.architecture, done.num_classes) == ('predformer_fac_st_taxibj', 0)
+    case.check('output', load(done.folder)(case.inputs['x']))  # in the order in which the official code trained it
+    config = json.loads((done.folder / 'config.json').read_text())
+    assert config['pretrained_cfg']['input_size'] == [2, 32, 32]
+
+
+def test_predformer_tells_the_arrangement_by_its_names():
+    with torch.device('meta'):
+        triplet = timm.create_model('predformer_triplet_sts_weather').state_dict()
+        quad = timm.create_model('predformer_quad_stts_mmnist').state_dict()
+    case = official.load_case('predformer', 'predformer_triplet_sts_taxibj_32')
+    assert best_fit('predformer', case.state_dict)[0].name == 'predformer_triplet_sts_taxibj'
+    for tensors, names in ((triplet, 'sts_weather and .*tst_weather'), (quad, 'tsst_mmnist and .*stts_mmnist')):
+        with pytest.raises(vishub.InputError, match=names):  # our own names do not tell
+            best_fit('predformer', tensors)
+
+
+@torch.no_grad()
+def test_conslide_from_the_whole_learner(tmp_path):
+    case = official.load_case('conslide', 'conslide_hit_n5')
+    file = saved(tmp_path / 'a.pth', {f'net.{key}': value for key, value in case.state_dict.items()})
+    done = convert('conslide', file, tmp_path / 'out')
+    assert (done.architecture, done.num_classes) == ('conslide_hit', 8)
+    got = load(done.folder)(case.inputs['patch_features'], case.inputs['region_features'])
+    case.check('logits', got.logits)
+    config = json.loads((done.folder / 'config.json').read_text())
+    assert config['pretrained_cfg']['input_size'] == [8, 8, 768]
+    assert (done.folder / 'model.safetensors').stat().st_size < 41e6  # without the three quarters that it never uses
+
+
+def test_conslide_of_other_sizes():
+    with torch.device('meta'):
+        own = timm.create_model('conslide_hit', num_classes=2, depth=3, in_features=1024).state_dict()
+    assert best_fit('conslide', own)[1] == {'num_classes': 2, 'depth': 3, 'in_features': 1024}
 
 
 def test_a_finer_image_size_is_kept(tmp_path):

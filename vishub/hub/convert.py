@@ -31,8 +31,8 @@ Tensors = Dict[str, torch.Tensor]
 # Where trainers keep the weights. Averaged ones first: they are what a paper's figures were measured on.
 _ENTRIES = (
     'model_ema', 'state_dict_ema', 'ema', 'ema_state_dict', 'model', 'state_dict', 'model_state_dict', 'module', 'net')
-# What wrappers (distributed training, torch.compile, Lightning) put before every name.
-_PREFIXES = ('module.', '_orig_mod.', 'model.', 'ema_model.')
+# What wrappers (distributed training, torch.compile, Lightning, a continual learner) put before every name.
+_PREFIXES = ('module.', '_orig_mod.', 'model.', 'ema_model.', 'net.')
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Converted:
     Attributes:
         folder: The folder of weights.
         architecture: Name of the model that the checkpoint turned out to hold.
-        num_classes: Classes of its head; 0 for a backbone without one.
+        num_classes: Classes of its head; 0 for a backbone without one, and for a model that knows no classes.
         entry: Which entry of the file was taken, e.g. `model_ema`; empty for a bare state dict.
         licence: SPDX identifier of the official weights' licence; `unknown` where the authors state none.
     """
@@ -56,7 +56,7 @@ class Converted:
 @dataclass(frozen=True)
 class _Layout:
     """A family's official layout: names that every file of it has and no other family's, its classifier's names
-    (official, ours), and the sizes that only the file knows."""
+    (official, ours; none where the arguments tell the classes), and the sizes that only the file knows."""
     licence: str
     mark: str
     classifiers: Tuple[str, ...]
@@ -66,21 +66,21 @@ class _Layout:
 def convert(name: str, checkpoint: Union[str, Path], output: Union[str, Path]) -> Converted:
     """Convert an official checkpoint to a folder that `timm.create_model('local-dir:…', pretrained=True)` loads.
 
-    The number of classes is that of the file's head, the image size that of its position tables. Tensors are stored in
-    the type they have in the file.
+    The number of classes is that of the file's head, the image size that of its position tables; what a file does not
+    tell (attention heads, frames) is the model's default. Tensors are stored in the type they have in the file.
 
     Args:
-        name: A family (`favit`, or the beginning of its models' names, `revit`): the shapes say which variant it is.
-            Or a model (`favit_b2`): the file must be of that one.
+        name: A family (`favit`, or the beginning of its models' names, `revit`): the shapes say which variant it is,
+            where they can. Or a model (`favit_b2`): the file must be of that one.
         checkpoint: The official file, `.pth`, `.pt` or any other pickle of torch.save, or `.safetensors`.
         output: Folder to write, by convention `<arch>.<tag>`. It may exist, but not hold weights.
 
     Raises:
         UnknownNameError: If there is no such family or model.
         InputError: If the family has no official layout, the file cannot be read as data, holds another model (the
-            message names it) or none of ours, or the folder cannot be written. Nothing is written then.
+            message names it), fits several or none of ours, or the folder cannot be written. Nothing is written then.
     """
-    candidates = _candidates(name)
+    _candidates(name)  # a wrong name is told before a large file is read
     output = Path(output)
     if (output / WEIGHTS_FILE).exists() or (output.exists() and not output.is_dir()):
         raise InputError(f"'{output}' already holds weights or is a file: give a new folder")
@@ -88,15 +88,7 @@ def convert(name: str, checkpoint: Union[str, Path], output: Union[str, Path]) -
     content = read_checkpoint(file)
     tensors, entry = state_dict_of(content, str(file))
 
-    faults = {}
-    for row in candidates:
-        arguments, fault = _fit(row, content, tensors)
-        if fault is None:
-            break
-        faults[row.name] = fault
-    else:
-        raise _mismatch(name, file, content, tensors, faults)
-
+    row, arguments = _best_fit(name, file, content, tensors)
     model = timm.create_model(row.name, **arguments)
     model.load_state_dict({**_untold(model, tensors), **_filtered(row, tensors, model)})
     layout = _LAYOUTS[row.family]
@@ -106,15 +98,17 @@ def convert(name: str, checkpoint: Union[str, Path], output: Union[str, Path]) -
         'description': f'`{row.name}`, converted by `vishub convert` from the official checkpoint `{file.name}`.',
         'limits': ['Its figures are those that its authors published; they were not measured again here.'],
     }
-    side = arguments.get('img_size', row.input[-1])
-    size = (arguments.get('in_chans', row.input[0]), side, side)
+    size = list(row.input)
+    for place, key in ((0, 'in_chans'), (slice(1, 3), 'img_size'), (2, 'in_features')):
+        if key in arguments:
+            size[place] = 2 * [arguments[key]] if key == 'img_size' else arguments[key]  # type: ignore[index,assignment]
     try:
         save_folder(
             model, output, metrics={'converted_from': source}, card=card, dtype=_float_type(tensors),
-            pretrained_cfg={'input_size': size})
+            pretrained_cfg={'input_size': tuple(size)})
     except OSError as error:
         raise InputError(f"'{output}' cannot be written ({error.strerror or error}): give another folder") from error
-    return Converted(output, row.name, arguments['num_classes'], entry, layout.licence)
+    return Converted(output, row.name, arguments.get('num_classes', 0), entry, layout.licence)
 
 
 def read_checkpoint(file: Union[str, Path]) -> Dict[str, Any]:
@@ -203,10 +197,51 @@ def _candidates(name: str) -> Sequence[catalog.Architecture]:
     return _convertible(rows)
 
 
+def _best_fit(
+        name: str,
+        file: Path,
+        content: Mapping[str, Any],
+        tensors: Tensors,
+) -> Tuple[catalog.Architecture, Dict[str, Any]]:
+    """The architecture that `name` stands for and that the checkpoint fits, and its constructor arguments.
+
+    Raises:
+        InputError: If none fits, or several alike.
+    """
+    best, faults = _fitting(_candidates(name), content, tensors)
+    if not best:
+        raise _mismatch(name, file, content, tensors, faults)
+    if len(best) > 1:
+        names = [row.name for row, _ in best]
+        raise InputError(
+            f"'{file}' fits {' and '.join(names)}, whose weights have the same names and sizes: "
+            f'name the one that it was trained as, as in vishub convert {names[0]}')
+    return best[0]
+
+
+def _fitting(
+        rows: Sequence[catalog.Architecture],
+        content: Mapping[str, Any],
+        tensors: Tensors,
+) -> Tuple[List[Tuple[catalog.Architecture, Dict[str, Any]]], Dict[str, str]]:
+    """The architectures that the checkpoint fits best, with constructor arguments; and why it does not fit others.
+
+    What fits as it is registered goes before what needs another image size, and that before a model of any sizes.
+    """
+    faults: Dict[str, str] = {}
+    fits: Dict[int, List[Tuple[catalog.Architecture, Dict[str, Any]]]] = {0: [], 1: [], 2: []}
+    for row in rows:
+        arguments, fault = _fit(row, content, tensors)
+        if fault is None:
+            fits[2 if row.name in _ANY_SIZES else int('img_size' in arguments)].append((row, arguments))
+        else:
+            faults[row.name] = fault
+    return next(filter(None, fits.values()), []), faults
+
+
 def _convertible(rows: Sequence[catalog.Architecture]) -> Sequence[catalog.Architecture]:
-    """Those with an official layout; a model that takes any sizes comes last, for it fits files of the others, too."""
-    rows = [row for row in rows if row.family in _LAYOUTS and row.name not in _OURS]
-    return sorted(rows, key=lambda row: row.name in _ANY_SIZES)
+    """Those with an official layout."""
+    return [row for row in rows if row.family in _LAYOUTS and row.name not in _OURS]
 
 
 def _fit(
@@ -218,8 +253,10 @@ def _fit(
     layout = _LAYOUTS[row.family]
     if not any(re.search(layout.mark, key) for key in tensors):
         return {}, f'no name in it is one of {row.family}'
-    classifier = next((tensors[key] for key in layout.classifiers if key in tensors), None)
-    arguments: Dict[str, Any] = {'num_classes': 0 if classifier is None else classifier.shape[0]}
+    arguments: Dict[str, Any] = {}
+    if layout.classifiers:
+        classifier = next((tensors[key] for key in layout.classifiers if key in tensors), None)
+        arguments['num_classes'] = 0 if classifier is None else classifier.shape[0]
     try:
         arguments.update(layout.arguments(row.name, content, tensors))
         with torch.device('meta'):  # shapes only
@@ -259,11 +296,12 @@ def _mismatch(
         faults: Mapping[str, str],
 ) -> InputError:
     """The error for a file that is none of the models asked for; it names the one that it is, if it is ours."""
-    for row in _convertible(catalog.architectures()):
-        if row.name not in faults:
-            _, fault = _fit(row, content, tensors)
-            if fault is None:
-                return InputError(f"'{file}' holds {row.name}, not {name}: run vishub convert {row.name}")
+    others = [row for row in _convertible(catalog.architectures()) if row.name not in faults]
+    best, _ = _fitting(others, content, tensors)
+    if best:
+        right = best[0][0].name
+        holds = ' or '.join(row.name for row, _ in best)
+        return InputError(f"'{file}' holds {holds}, not {name}: run vishub convert {right}")
     reasons = {fault: f'{model}: {fault}' for model, fault in faults.items()}  # each said once
     why = '; '.join(list(reasons.values())[:3])
     return InputError(f"'{file}' holds no {name} nor another model of ours ({why})")
@@ -308,6 +346,37 @@ def _nvit_arguments(architecture: str, content: Mapping[str, Any], tensors: Tens
     return arguments
 
 
+def _dit_arguments(architecture: str, content: Mapping[str, Any], tensors: Tensors) -> Dict[str, Any]:
+    patches = tensors.get('x_embedder.proj.weight', tensors.get('patch_embed.proj.weight'))  # D, C, p, p
+    labels = tensors.get('y_embedder.embedding_table.weight', tensors.get('label_embed.embedding_table.weight'))
+    output = tensors.get('final_layer.linear.bias', tensors.get('final.linear.bias'))  # p * p * C or twice as many
+    if patches is None or output is None:
+        raise ValueError('the layers of input and output are missing')
+    channels, side = patches.shape[1], patches.shape[-1]
+    expected = catalog.find(architecture).input[0]  # type: ignore[union-attr]
+    arguments: Dict[str, Any] = {} if channels == expected else {'in_chans': channels}
+    if len(output) == side * side * channels:
+        arguments['learn_sigma'] = False
+    # the last row of the table means 'no label'
+    arguments['num_classes'] = 0 if labels is None else len(labels) - 1
+    return {**arguments, **_img_size(architecture, side * math.isqrt(tensors['pos_embed'].shape[1]))}
+
+
+def _predformer_arguments(architecture: str, content: Mapping[str, Any], tensors: Tensors) -> Dict[str, Any]:
+    # what the official code trains as FacST reads its tokens in another order than the paper says
+    official = 'to_patch_embedding.1.weight' in tensors
+    return {'legacy_token_order': True} if official and '_fac_st_' in architecture else {}
+
+
+def _conslide_arguments(architecture: str, content: Mapping[str, Any], tensors: Tensors) -> Dict[str, Any]:
+    embedding = tensors.get('fc1.0.weight', tensors.get('patch_embed.weight'))  # dim, in_features
+    depth = len({key.split('.')[1] for key in tensors if key.startswith('blocks.')})
+    arguments: Dict[str, Any] = {} if depth == 2 else {'depth': depth}
+    if embedding is not None and embedding.shape[1] != catalog.find(architecture).input[-1]:  # type: ignore[union-attr]
+        arguments['in_features'] = embedding.shape[1]
+    return arguments
+
+
 def _prunable_dims(tensors: Tensors) -> Dict[str, Any]:
     """`dims` of the official prunable layout, whose layers are (channel, E, head)."""
     depth = sum(key.endswith('.attn.qkv.Q.weight') for key in tensors)
@@ -321,13 +390,18 @@ def _img_size(architecture: str, side: int) -> Dict[str, Any]:
     return {} if side == catalog.find(architecture).input[-1] else {'img_size': side}  # type: ignore[union-attr]
 
 
-# The one released or trainable layout of each family. FMViT and our small ViTs have none.
+# The one layout of each family that its authors released weights in, or that their code trains. FMViT and our small
+# ViTs have none, and that of LiT was not seen.
 _LAYOUTS = {
     'favit': _Layout('unknown', r'\.attn\.(kv_g|global_kv)\.', ('head.weight',), _favit_arguments),
     'fcaformer': _Layout(
         'unknown', r'\.(attention_biases|attn\.rel_bias)$', ('head.weight', 'head.fc.weight'), _fcaformer_arguments),
     'nvit': _Layout('cc-by-nc-sa-4.0', r'^blocks\.0\.attn\.qkv\.', ('head.weight',), _nvit_arguments),
+    'dit': _Layout('cc-by-nc-4.0', r'^blocks\.0\.(adaLN_modulation|adaln)\.', (), _dit_arguments),
+    'predformer': _Layout('unknown', r'^(to_patch_embedding\.1|layers\.0\.units)\.', (), _predformer_arguments),
+    'conslide': _Layout(
+        'unknown', r'^blocks\.0\.(inner|patch)_attn\.qk\.', ('head.weight',), _conslide_arguments),
 }
 # Models of these families that only this project knows: sizes come with their own folders.
 _OURS = ('nvit',)
-_ANY_SIZES = ('nvit_distilled_patch16_224',)
+_ANY_SIZES = ('nvit_distilled_patch16_224',)  # so it fits files of the others, too

@@ -1,14 +1,12 @@
 """Reading a checkpoint file of the official NViT release that the user has obtained."""
-import argparse
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any, Union
 
 import timm
-import torch
 
 from vishub.errors import InputError
+from vishub.hub.convert import read_checkpoint
 from vishub.models.nvit import NViT, checkpoint_filter_fn, official_dims
 
 __all__ = ['load_official']
@@ -32,12 +30,8 @@ def load_official(path: Union[str, Path], **kwargs: Any) -> NViT:
         InputError: If the file cannot be read that way.
         ValueError: If it has no sizes, or they are not those of its tensors.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(f"'{path}' cannot be read as data only (tensors and options): {error}") from error
-    if not isinstance(checkpoint, dict) or 'model' not in checkpoint:
+    checkpoint = read_checkpoint(path)
+    if 'model' not in checkpoint:
         raise InputError(f"'{path}' has no entry 'model'; an official NViT checkpoint has 'model' and 'dim'")
     warnings.warn(NOTICE, stacklevel=2)
     dims = official_dims(checkpoint)

@@ -1,8 +1,8 @@
 """FSDP: weights, gradients and optimizer state lie split over the processes, as Accelerate's configuration asks.
 
-torch's `fully_shard` does the splitting, through Accelerate. A split tensor is a `DTensor`. Whatever leaves the training
-step is whole: the checkpoint is the one that an unsplit run of as many processes writes, and validation and the
-finished weights are of an ordinary model. So recipes need to know nothing of all this.
+torch's `fully_shard` does the splitting, through Accelerate. A split tensor is a `DTensor`. Whatever leaves the
+training step is whole: the checkpoint is the one that an unsplit run of as many processes writes, and validation and
+the finished weights are of an ordinary model. So recipes need to know nothing of all this.
 """
 import copy
 import os
