@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
+from torch.utils._pytree import tree_leaves
 
 import vishub  # noqa: F401
 from vishub import catalog
@@ -53,6 +54,7 @@ def make_noise(cfg, batch_size, size):
 # task -> (default configuration, batch size, size) -> input of the model
 MAKE_INPUT = {
     'classification': make_images,
+    'deblurring': make_images,
     'generation': make_noise,
     'slide_analysis': make_slides,
     'video_prediction': make_clips,
@@ -100,7 +102,7 @@ def make_input(name, batch_size=2, size=None, device='cpu'):
 def run_all(model, x):
     """The tensors that the model gives for what `make_input` gave."""
     output = model(*x) if isinstance(x, tuple) else model(x)
-    return [output] if torch.is_tensor(output) else [part for part in output if part is not None]
+    return [part for part in tree_leaves(output) if part is not None]
 
 
 def run(model, x):
@@ -359,10 +361,12 @@ def test_bfloat16(family):
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_drop_rates_act_in_training_only(family):
-    generation = catalog.family(family).task == 'generation'  # denoisers drop nothing but labels
-    x = make_input(smallest(family), batch_size=8 if generation else 2)
+    task = catalog.family(family).task
+    # denoisers drop nothing but labels, deblurring nothing
+    rates = {'generation': ('class_drop_rate',), 'deblurring': ()}.get(task, ('drop_rate', 'drop_path_rate'))
+    x = make_input(smallest(family), batch_size=8 if task == 'generation' else 2)
     plain = built(family).eval()
-    for rate in ('class_drop_rate',) if generation else ('drop_rate', 'drop_path_rate'):
+    for rate in rates:
         model = built(family, **{rate: 0.5})
         model.load_state_dict(plain.state_dict())
         with torch.no_grad():

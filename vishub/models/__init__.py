@@ -1,6 +1,7 @@
 """Every family of models, one file each. Importing this package registers them all with timm."""
 from vishub.models import (
     conslide,  # noqa: F401
+    deeprftv2,  # noqa: F401
     dit,  # noqa: F401
     favit,  # noqa: F401
     fcaformer,  # noqa: F401
