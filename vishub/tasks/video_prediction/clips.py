@@ -301,6 +301,7 @@ def _video_frames(file: Any, name: str, frame: Tuple[int, int, int]) -> Iterator
                 raise InputError(f'{name} has no picture, only {_streams(container)}: {_RIGHT}')
             stream = container.streams.video[0]
             stream.thread_type = 'AUTO'
+            stream.codec_context.thread_count = 4  # each holds a frame, and there may be a hundred cores
             begin: Optional[float] = None
             try:
                 for decoded in container.decode(stream):

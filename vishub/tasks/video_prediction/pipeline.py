@@ -462,7 +462,11 @@ def encode_animation(pictures: Sequence[Image.Image], frame_ms: int, kind: str) 
     first, *rest = pictures
     if kind == 'gif':
         # One palette for all frames, or colours would flicker.
-        palette = pictures[-1].quantize(128, method=Image.Quantize.MEDIANCUT)
+        some = [pictures[place] for place in _evenly(len(pictures), 6)]
+        sheet = Image.new('RGB', (first.width, first.height * len(some)))
+        for number, picture in enumerate(some):
+            sheet.paste(picture, (0, number * first.height))
+        palette = sheet.quantize(255, method=Image.Quantize.MEDIANCUT)
         first, *rest = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     first.save(buffer, kind.upper(), save_all=True, append_images=rest, duration=frame_ms, loop=0)
     return buffer.getvalue()
