@@ -19,6 +19,7 @@ __all__ = [
     'ClipSet', 'GeneratedClips', 'StoredClips', 'TrainingClips', 'VideoData', 'as_float', 'load_data', 'stack',
 ]
 
+_VAL_CLIPS, _TEST_CLIPS = 200, 1000  # of Moving MNIST, where they are generated
 _FIXED = 2 ** 32 - 1  # stands for the epoch in the seed of clips that are the same in every epoch
 
 
@@ -216,7 +217,7 @@ def _moving_mnist(
         tag=f'moving_{"fashion_" * fashion}mnist' + (f'_{num_digits}' if num_digits != 2 else ''),
         train=GeneratedClips(digits.train, shape, num_clips, num_digits, seed),
         # seeds that no training run has: the epoch is another
-        val=GeneratedClips(digits.val, shape, 200, num_digits, seed=1),
-        test=GeneratedClips(digits.test, shape, 1000, num_digits, seed=2),
+        val=GeneratedClips(digits.val, shape, _VAL_CLIPS, num_digits, seed=1),
+        test=GeneratedClips(digits.test, shape, _TEST_CLIPS, num_digits, seed=2),
         split='generated from items that no training clip has, with fixed seeds',
     )
