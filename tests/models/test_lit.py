@@ -10,9 +10,12 @@ from vishub.models.cost import count_macs, count_parameters
 from vishub.models.lit import (
     LinearAttention,
     LinearDiffusionTransformer,
+    TextToImageTransformer,
     checkpoint_filter_fn,
     inherit_from_dit,
+    inherit_from_pixart,
     relu_linear_attention,
+    text_checkpoint_filter_fn,
 )
 
 # without the position table, which official counts include
@@ -226,3 +229,143 @@ def test_inheritance_refuses_another_size(arguments, message):
     with pytest.raises(ValueError, match=message):
         inherit_from_dit(student, tiny(**arguments).state_dict())
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+# ---- text to image ----------------------------------------------------------------------------------------------
+
+
+def tiny_text(**kwargs):
+    sizes = dict(
+        img_size=8, embed_dim=32, depth=2, num_heads=2, caption_dim=12, max_tokens=6, caption_drop_rate=0.5)
+    return randomised(TextToImageTransformer(**dict(sizes, **kwargs)))
+
+
+def text_inputs(batch_size=2, tokens=6):
+    x, t, _ = inputs(batch_size)
+    return x, t, noise(batch_size, tokens, 12, seed=5)
+
+
+@pytest.mark.parametrize('name, heads, expected', [
+    ('lit_t2i_xl_2_512', None, 611_065_760), ('lit_t2i_xl_2_512', 2, 611_275_424),
+    ('lit_t2i_xl_2_1024', None, 611_065_760)])
+def test_text_parameters(name, heads, expected):
+    with torch.device('meta'):
+        model = timm.create_model(name, **({'num_heads': heads} if heads else {}))
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+@pytest.mark.parametrize('name, expected', [('lit_t2i_xl_2_512', 596.6), ('lit_t2i_xl_2_1024', 2314.0)])
+def test_text_macs(name, expected):
+    assert count_macs(name) / 1e9 == pytest.approx(expected, rel=2e-3)
+
+
+def test_text_positions_span_the_same_range():
+    small, large = tiny_text(img_size=8), tiny_text(img_size=16, position_scale=2.)
+    torch.testing.assert_close(small.pos_embed.view(4, 4, 32), large.pos_embed.view(8, 8, 32)[::2, ::2])
+    # any grid of a model does
+    dynamic = tiny_text(dynamic_img_size=True)
+    assert dynamic.position_steps((8, 2)) == (0.5, 2.)
+    x, t, y = text_inputs()
+    assert dynamic(x.repeat(1, 1, 1, 2), t, y).shape == (2, 8, 8, 16)
+
+
+@torch.no_grad()
+def test_text_padding_is_not_seen():
+    model = tiny_text()
+    x, t, y = text_inputs()
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
+    expected = model(x, t, y, mask)
+    changed = torch.where(mask[..., None].bool(), y, y + 3)
+    torch.testing.assert_close(model(x, t, changed, mask), expected)
+    torch.testing.assert_close(model(x, t, changed[:, None], mask), expected)  # PixArt's own shape
+    torch.testing.assert_close(model(x[:1], t[:1], y[:1, :3]), expected[:1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(x, t, changed), expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_text_block_by_hand():
+    """Order of table, gates and cross-attention, as the description of PixArt says."""
+    model = tiny_text(depth=1)
+    x, t, y = text_inputs()
+    block, c = model.blocks[0], model.text_condition(t, y, None, 2)
+    tokens = model.embed(x, (4, 4))
+    s1, a1, g1, s2, a2, g2 = (
+        (block.scale_shift_table[i] + c.shared[:, i])[:, None] for i in range(6))
+    norm = torch.nn.functional.layer_norm
+    expected = tokens + g1 * block.attn(norm(tokens, (32,), eps=1e-6) * (1 + a1) + s1, (4, 4))
+    expected = expected + block.cross_attn(expected, c.captions, None)
+    expected = expected + g2 * block.mlp(norm(expected, (32,), eps=1e-6) * (1 + a2) + s2)
+    torch.testing.assert_close(model.forward_features(x, t, y), expected)
+    torch.testing.assert_close(model.forward_intermediates(x, t, y, output_fmt='NLC')[1][0], expected)
+    table = model.final.scale_shift_table + model.time_embed(t)[:, None]
+    head = model.final.linear(norm(expected, (32,), eps=1e-6) * (1 + table[:, 1:]) + table[:, :1])
+    torch.testing.assert_close(model(x, t, y)[:, :, :2, :2], head[:, 0].view(2, 2, 2, 8).permute(0, 3, 1, 2))
+
+
+@torch.no_grad()
+def test_text_guidance():
+    model = tiny_text()
+    x, t, y = text_inputs()
+    wanted, none = model(x, t, y), model(x, t, model.caption_embed.y_embedding.expand(2, -1, -1))
+    guided = model.forward_with_cfg(x, t, y, 3.)
+    torch.testing.assert_close(guided[:, :4], none[:, :4] + 3 * (wanted - none)[:, :4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided[:, 4:], wanted[:, 4:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.forward_with_cfg(x, t, y, 1.), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_text_training_drops_captions():
+    model = tiny_text(caption_drop_rate=1.).train()
+    x, t, y = text_inputs()
+    torch.testing.assert_close(model(x, t, y), model(x, t, y + 1))
+    model(x, t, y).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not torch.allclose(model.eval()(x, t, y), model(x, t, y + 1), atol=1e-3)
+
+
+def pixart_state(model):
+    """The state dict of a PixArt of the same size, under its own names."""
+    names = {
+        'patch_embed.': 'x_embedder.', 'time_embed.': 't_embedder.', 'time_block.': 't_block.',
+        'caption_embed.': 'y_embedder.', 'final.': 'final_layer.'}
+    state = {}
+    for name, value in model.state_dict().items():
+        for ours, theirs in names.items():
+            name = theirs + name[len(ours):] if name.startswith(ours) else name
+        state[name] = value.clone()
+    del state['pos_embed']
+    return state
+
+
+def test_pixart_names_load_and_are_inherited():
+    model = tiny_text()
+    state = pixart_state(model)
+    other = TextToImageTransformer(**dict(img_size=8, embed_dim=32, depth=2, num_heads=2, caption_dim=12, max_tokens=6))
+    other.load_state_dict(text_checkpoint_filter_fn({'state_dict': state}, other))
+    x, t, y = text_inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(x, t, y), model(x, t, y))
+    teacher = {name: value + 1 for name, value in state.items() if '.attn.' not in name or '.proj.' in name}
+    teacher.update({f'blocks.{i}.attn.qkv.weight': torch.zeros(96, 32) for i in range(2)})
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    inherit_from_pixart(other, teacher)
+    for name, value in other.state_dict().items():
+        own = any(f'.attn.{part}.' in name for part in ('q', 'kv', 'dwc')) or name == 'pos_embed'
+        torch.testing.assert_close(value, before[name] if own else before[name] + 1)
+    del teacher['t_block.1.bias']
+    with pytest.raises(ValueError, match='lacks time_block.1.bias'):
+        inherit_from_pixart(other, teacher)
+
+
+def test_text_refuses_what_does_not_fit():
+    model = tiny_text()
+    x, t, y = text_inputs()
+    for arguments, words in (
+            ((x,), 'caption features y beside x'), ((x, t), 'caption features'), ((x, t, y[..., :5]), '12'),
+            ((x, t, y[:1]), '\\(2, at most 6 tokens'), ((x, t, y.repeat(1, 2, 1)), 'at most 6'),
+            ((x, t, y, torch.ones(2, 5)), 'mask must')):
+        with pytest.raises(ValueError, match=words):
+            model(*arguments)
+    with pytest.raises(ValueError, match='no classes'):
+        tiny_text(num_classes=3)
+    with pytest.raises(ValueError, match='no classes'):
+        model.reset_classifier(10)

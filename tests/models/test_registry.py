@@ -46,8 +46,8 @@ def make_clips(cfg, batch_size, size):
 
 
 def make_noise(cfg, batch_size, size):
-    """Noisy pictures (B, C, H, W), timesteps (B,) and classes (B,)."""
-    classes = torch.arange(batch_size) % cfg['num_classes']
+    """Noisy pictures (B, C, H, W), timesteps (B,) and classes (B,), or features of captions (B, L, 4096)."""
+    classes = torch.arange(batch_size) % cfg['num_classes'] if cfg['num_classes'] else torch.randn(batch_size, 9, 4096)
     return torch.randn(batch_size, cfg['input_size'][0], *size), torch.full((batch_size,), 500), classes
 
 

@@ -34,11 +34,17 @@ __all__ = ['DiffusionTransformer', 'drop_labels', 'position_table', 'timestep_fr
 
 
 def position_table(
-        height: int, width: int, dim: int, device: Optional[torch.device] = None) -> torch.Tensor:
+        height: int,
+        width: int,
+        dim: int,
+        device: Optional[torch.device] = None,
+        row_step: float = 1.,
+        col_step: float = 1.,
+) -> torch.Tensor:
     """Sines and cosines of the place of every token of a grid.
 
-    A quarter of the channels each for sin and cos of the column, then of the row, both counted from 0, at the
-    frequencies 10000^(-i / (dim / 4)). A larger grid goes on counting: nothing is rescaled.
+    A quarter of the channels each for sin and cos of the column, then of the row, both counted from 0 in steps of
+    `col_step` and `row_step`, at the frequencies 10000^(-i / (dim / 4)).
 
     Returns:
         float32 (1, height * width, dim), rows first; computed in float64.
@@ -49,18 +55,18 @@ def position_table(
     if dim % 4:
         raise ValueError(f'embed_dim must be divisible by 4 (sines and cosines of rows and columns), got {dim}')
     frequencies = 10000. ** (-torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
-    rows = torch.arange(height, dtype=torch.float64, device=device)[:, None] * frequencies  # H, dim / 4
-    cols = torch.arange(width, dtype=torch.float64, device=device)[:, None] * frequencies  # W, dim / 4
+    rows = row_step * torch.arange(height, dtype=torch.float64, device=device)[:, None] * frequencies  # H, dim / 4
+    cols = col_step * torch.arange(width, dtype=torch.float64, device=device)[:, None] * frequencies  # W, dim / 4
     rows = torch.cat([rows.sin(), rows.cos()], dim=1)[:, None].expand(-1, width, -1)
     cols = torch.cat([cols.sin(), cols.cos()], dim=1)[None].expand(height, -1, -1)
     return torch.cat([cols, rows], dim=2).reshape(1, height * width, dim).float()  # H, W, dim -> 1, N, dim
 
 
 @functools.lru_cache(maxsize=16)
-def cached_position_table(height: int, width: int, dim: int, device: torch.device) -> torch.Tensor:
+def cached_position_table(*arguments: Any) -> torch.Tensor:
     """`position_table`, made once for a grid and device."""
     with torch.inference_mode(False):  # whoever asks first may be sampling, who asks next may be training
-        return position_table(height, width, dim, device)
+        return position_table(*arguments)
 
 
 def timestep_frequencies(t: torch.Tensor, dim: int = 256) -> torch.Tensor:
@@ -149,14 +155,14 @@ class SoftmaxAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linears with a tanh-approximated GELU between them."""
+    """Two linears with a tanh-approximated GELU between them; as many channels out as in, by default."""
 
-    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, hidden_dim: int, out_dim: Optional[int] = None, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim, **dd)
         self.act = nn.GELU(approximate='tanh')
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.fc2 = nn.Linear(hidden_dim, out_dim or dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -233,6 +239,8 @@ class DiffusionTransformer(nn.Module):
         label_init_std: Standard deviation of the initial label table.
         dynamic_img_size: Accept any H and W divisible by p. Otherwise they must be `img_size`.
         attn_layer: Makes a block's attention from (dim, num_heads, device=, dtype=); called with (x, grid_size).
+        block_layer: Makes a block from (dim, num_heads, mlp_ratio, attn_layer, device=, dtype=).
+        final_layer: Makes the last layer from (dim, patch_size, out_chans, device=, dtype=).
 
     Raises:
         ValueError: If sizes do not fit each other (here), or an input has another shape or range (forward).
@@ -253,6 +261,8 @@ class DiffusionTransformer(nn.Module):
             label_init_std: float = 0.02,
             dynamic_img_size: bool = False,
             attn_layer: Callable[..., nn.Module] = SoftmaxAttention,
+            block_layer: Callable[..., nn.Module] = Block,
+            final_layer: Callable[..., nn.Module] = FinalLayer,
             device=None,
             dtype=None,
     ) -> None:
@@ -277,12 +287,13 @@ class DiffusionTransformer(nn.Module):
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, **dd)
         # A buffer: official checkpoints store the table, and what they store is used.
-        self.register_buffer('pos_embed', position_table(*self.grid_size, embed_dim, device).to(dtype))
+        steps = self.position_steps(self.grid_size)
+        self.register_buffer('pos_embed', position_table(*self.grid_size, embed_dim, device, *steps).to(dtype))
         self.time_embed = TimestepEmbed(embed_dim, **dd)
         self.label_embed = LabelEmbed(num_classes, embed_dim, class_drop_rate, **dd) if num_classes > 0 else None
         self.blocks = nn.ModuleList([
-            Block(embed_dim, num_heads, mlp_ratio, attn_layer, **dd) for _ in range(depth)])
-        self.final = FinalLayer(embed_dim, patch_size, self.out_chans, **dd)
+            block_layer(embed_dim, num_heads, mlp_ratio, attn_layer, **dd) for _ in range(depth)])
+        self.final = final_layer(embed_dim, patch_size, self.out_chans, **dd)
         self.feature_info = [
             dict(num_chs=embed_dim, reduction=patch_size, module=f'blocks.{i}') for i in range(depth)]
         self.init_weights()
@@ -298,8 +309,10 @@ class DiffusionTransformer(nn.Module):
             nn.init.normal_(self.time_embed.mlp[i].weight, std=0.02)
         if self.label_embed is not None:
             nn.init.normal_(self.label_embed.embedding_table.weight, std=self.label_init_std)
-        for linear in (self.final.linear, self.final.adaln[1], *(block.adaln[1] for block in self.blocks)):
-            nn.init.zeros_(linear.weight)
+        nn.init.zeros_(self.final.linear.weight)
+        for module in self.modules():
+            if isinstance(module, (Block, FinalLayer)):
+                nn.init.zeros_(module.adaln[1].weight)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -405,14 +418,18 @@ class DiffusionTransformer(nn.Module):
                 raise ValueError(f'labels y must lie in 0..{last}, got {low if low < 0 else high}')
         return c + self.label_embed(y)
 
+    def position_steps(self, grid_size: Tuple[int, int]) -> Tuple[float, float]:
+        """Distance of neighbouring rows and columns: a larger grid goes on counting, nothing is rescaled."""
+        return 1., 1.
+
     def embed(self, x: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:
         """(B, C, H, W) -> tokens with their positions, (B, N, D)."""
         if grid_size == self.grid_size:
             table = self.pos_embed
-        elif torch.compiler.is_compiling():  # what tracing makes must not stay in the cache
-            table = position_table(*grid_size, self.embed_dim, x.device)
         else:
-            table = cached_position_table(*grid_size, self.embed_dim, x.device)
+            # what tracing makes must not stay in the cache
+            make = position_table if torch.compiler.is_compiling() else cached_position_table
+            table = make(*grid_size, self.embed_dim, x.device, *self.position_steps(grid_size))
         return self.patch_embed(x) + table.to(self.pos_embed.dtype)
 
     def run_block(
@@ -595,7 +612,7 @@ def build_diffusion_model(model_cls: Type[nn.Module], variant: str, pretrained: 
         raise ValueError(
             f"features_only is not possible for '{variant}': it needs timesteps t and labels y beside the picture; "
             'use model.forward_intermediates(x, t, y)')
-    return build_model(model_cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model(model_cls, variant, pretrained, **{'pretrained_filter_fn': checkpoint_filter_fn, **kwargs})
 
 
 def _create_dit(variant: str, pretrained: bool = False, **kwargs: Any) -> DiffusionTransformer:
