@@ -69,6 +69,16 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Conv1x1(nn.Conv2d):
+    """1x1 convolution, computed as a linear layer of channels-last maps, which on the CPU is several times faster."""
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__(in_dim, out_dim, 1, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class SelectiveScan2d(nn.Module):
     """The token mixer EVSS2D: one selective scan over the map, row by row, with a gate.
 
@@ -152,14 +162,14 @@ class NafBlock(nn.Module):
         super().__init__()
         self.pool_size = pool_size
         self.norm1 = LayerNorm2d(dim, **dd)
-        self.conv1 = nn.Conv2d(dim, 2 * dim, 1, **dd)
+        self.conv1 = Conv1x1(dim, 2 * dim, **dd)
         self.conv2 = nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim, **dd)
-        self.sca = nn.Conv2d(dim, dim, 1, **dd)
-        self.conv3 = nn.Conv2d(dim, dim, 1, **dd)
+        self.sca = Conv1x1(dim, dim, **dd)
+        self.conv3 = Conv1x1(dim, dim, **dd)
         self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1, **dd))
         self.norm2 = LayerNorm2d(dim, **dd)
-        self.conv4 = nn.Conv2d(dim, 2 * dim, 1, **dd)
-        self.conv5 = nn.Conv2d(dim, dim, 1, **dd)
+        self.conv4 = Conv1x1(dim, 2 * dim, **dd)
+        self.conv5 = Conv1x1(dim, dim, **dd)
         self.gamma = nn.Parameter(torch.zeros(1, dim, 1, 1, **dd))
 
     def spatial(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -245,11 +255,11 @@ class Level(nn.Module):
         super().__init__()
         self.alpha = nn.Parameter(torch.full((1, dim // 2 if up else dim, 1, 1), 0.5, **dd))
         self.down = downsample(dim // 2, dim, **dd) if down else nn.Identity()
-        self.fuse = nn.Conv2d(2 * dim, dim, 1, **dd) if fuse else None
+        self.fuse = Conv1x1(2 * dim, dim, **dd) if fuse else None
         self.blocks = nn.Sequential(*blocks)
         self.up = nn.Identity()
         if up:
-            self.up = nn.Sequential(nn.Conv2d(dim, 2 * dim, 1, bias=False, **dd), nn.PixelShuffle(2))
+            self.up = nn.Sequential(Conv1x1(dim, 2 * dim, bias=False, **dd), nn.PixelShuffle(2))
 
     def forward(self, x: torch.Tensor, other: Optional[torch.Tensor] = None) -> torch.Tensor:
         x = self.down(x)
@@ -278,17 +288,17 @@ class KernelEstimator(nn.Module):
     def __init__(self, dim: int, kernel_dim: int, depth: int, first: bool, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.to_kernel = nn.Conv2d(dim, kernel_dim, 1, bias=False, **dd)
-        self.to_feature = nn.Conv2d(dim, dim, 1, bias=False, **dd)
-        self.reduce = nn.Conv2d(2 * kernel_dim, kernel_dim, 1, bias=False, **dd)
+        self.to_kernel = Conv1x1(dim, kernel_dim, bias=False, **dd)
+        self.to_feature = Conv1x1(dim, dim, bias=False, **dd)
+        self.reduce = Conv1x1(2 * kernel_dim, kernel_dim, bias=False, **dd)
         self.levels = nn.ModuleList([
             Level(
                 kernel_dim, [ScanBlock(kernel_dim, **dd) for _ in range(depth)],
                 fuse=not first and level < self.num_levels - 1, **dd)
             for level in range(self.num_levels)])
         self.norm = LayerNorm2d(kernel_dim, **dd)
-        self.to_transfer = nn.Conv2d(kernel_dim, 2 * dim, 1, **dd)
-        self.fuse = nn.Conv2d(2 * dim, dim, 1, bias=False, **dd)
+        self.to_transfer = Conv1x1(kernel_dim, 2 * dim, **dd)
+        self.fuse = Conv1x1(2 * dim, dim, bias=False, **dd)
         self.head = nn.Conv2d(dim, 3, 3, padding=1, **dd)
 
     def spectrum(self, feature: torch.Tensor) -> torch.Tensor:
@@ -368,19 +378,19 @@ class Column(nn.Module):
 
         first = index == 0
         self.stem = nn.Conv2d(3, dim, 3, padding=1, bias=False, **dd)
-        self.fuse = None if first else nn.Conv2d(2 * dim, dim, 1, **dd)
+        self.fuse = None if first else Conv1x1(2 * dim, dim, **dd)
         self.encoder, self.decoder = unet(block_types, mid=False)
         self.head = nn.Conv2d(dim, 3, 3, padding=1, **dd)
         self.kernel_estimator = KernelEstimator(dim, kernel_dim, kernel_depth, first, **dd)
 
         self.mid_stem = nn.Conv2d(3, dim, 3, padding=1, bias=False, **dd)
-        self.mid_fuse = None if first else nn.Conv2d(2 * dim, dim, 1, **dd)
+        self.mid_fuse = None if first else Conv1x1(2 * dim, dim, **dd)
         self.to_mid = nn.ModuleList([downsample(width, width, **dd) for width in dims])
         self.mid_encoder, self.mid_decoder = unet(mid_block_types, mid=True)
         self.mid_head = nn.Conv2d(dim, 3, 3, padding=1, **dd)
         self.mid_kernel_estimator = KernelEstimator(dim, kernel_dim, kernel_depth, first, **dd)
         self.from_mid = downsample(dim, 4 * dim, **dd)
-        self.latent_fuse = nn.Conv2d(8 * dim, 4 * dim, 1, **dd)
+        self.latent_fuse = Conv1x1(8 * dim, 4 * dim, **dd)
 
     def enter(self, image: torch.Tensor, feature: Optional[torch.Tensor] = None) -> torch.Tensor:
         """First level of the whole picture's encoder, with the features of the column before."""
@@ -744,7 +754,8 @@ _BLOCK_NAMES = {
     'attn.A_logs': 'attn.A_log', 'attn.Ds': 'attn.D',
 }
 _LEVEL_NAMES = {
-    'fusion.down.0.body.0': 'down', 'fusion.concat_conv.0': 'fuse', 'fusion.up.0.body.0': 'up.0', 'fusion.down.0': 'fuse',
+    'fusion.down.0.body.0': 'down', 'fusion.up.0.body.0': 'up.0', 'fusion.concat_conv.0': 'fuse',
+    'fusion.down.0': 'fuse',
 }
 
 
