@@ -6,9 +6,9 @@
         …
         hub.fail('break', 'model.safetensors', after=1000)   # the next GET of that file ends after 1000 bytes
 
-It keeps repositories (models and Spaces) as lists of commits, branches and tags, stores uploads by their SHA-256 as
-Git LFS does, and writes down every request. It has no Xet storage: with the Xet client on, set `hub.lfs_from = None`
-so that all files come inside the commit.
+It keeps repositories (models, data sets and Spaces) as lists of commits, branches and tags, stores uploads by their
+SHA-256 as Git LFS does, and writes down every request. Xet's storage is a folder that the client writes to itself, if `hub.xet`
+names one; what lies there cannot be downloaded again. With `hub.lfs_from = None` all files come inside the commit.
 """
 import base64
 import hashlib
@@ -17,6 +17,7 @@ import json
 import re
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 from urllib.parse import unquote, urlsplit
 
@@ -105,10 +106,11 @@ class HubServer:
 
     Attributes:
         tokens: Token -> whom it belongs to. No token may read what is public.
-        repositories: `(kind, 'owner/name')` -> repository; kind is `model` or `space`.
+        repositories: `(kind, 'owner/name')` -> repository; kind is `model`, `dataset` or `space`.
         requests: `(method, path, headers)` of every request, oldest first.
         objects: SHA-256 -> content: what came through LFS.
         lfs_from: Files of at least so many bytes go through LFS; None for none.
+        xet: Folder to which a client with Xet on writes such files instead; None for a Hub without Xet.
     """
 
     def __init__(self):
@@ -117,6 +119,7 @@ class HubServer:
         self.requests: List[Tuple[str, str, Dict[str, str]]] = []
         self.objects: Dict[str, bytes] = {}
         self.lfs_from: Optional[int] = 1_000_000
+        self.xet: Optional[Path] = None
         self.faults: List[Fault] = []
         self.lock = threading.Lock()
         self.closing = threading.Event()  # wakes those that stall
@@ -313,6 +316,12 @@ def _handler(hub: HubServer):
                 })
             self.send_json({'files': answer})
 
+        def xet_token(self, kind, name, revision):
+            if hub.xet is None:
+                raise _Answer(404, 'no such page')
+            self.repository(kind, name, write=True)
+            self.send_json({'accessToken': 'xet', 'exp': 4102444800, 'casUrl': f'local://{hub.xet}'})
+
         def lfs_batch(self, name, kind='model'):
             self.repository(kind, name, write=True)
             objects = []
@@ -375,8 +384,23 @@ def _handler(hub: HubServer):
 
         def tree(self, kind, name, revision):
             repository = self.repository(kind, name)
-            files = repository.commits[self.commit_of(repository, revision)]
-            self.send_json([_entry(path, file) for path, file in sorted(files.items())])
+            parts = revision.split('/')
+            ends = range(len(parts), 0, -1)  # a branch may have slashes, and a folder may follow
+            end = next((end for end in ends if repository.resolve('/'.join(parts[:end]))), len(parts))
+            oid = self.commit_of(repository, '/'.join(parts[:end]))
+            folder = ''.join(f'{part}/' for part in parts[end:])
+            files = {path: file for path, file in repository.commits[oid].items() if path.startswith(folder)}
+            if folder and not files:
+                raise _Answer(404, f'{folder} does not exist', 'EntryNotFound', **{'X-Repo-Commit': oid})
+            entries = {path: _entry(path, file) for path, file in files.items()}
+            for path in files:
+                inner = path[len(folder):].split('/')[:-1]
+                for depth in range(len(inner)):
+                    name = folder + '/'.join(inner[:depth + 1])
+                    entries[name] = {'type': 'directory', 'path': name, 'size': 0, 'oid': '0' * 40}
+            if 'recursive=true' not in self.path.lower():
+                entries = {path: entry for path, entry in entries.items() if '/' not in path[len(folder):]}
+            self.send_json([entry for _, entry in sorted(entries.items())])
 
         def paths_info(self, kind, name, revision):
             repository = self.repository(kind, name)
@@ -430,6 +454,9 @@ def _handler(hub: HubServer):
                 raise _Answer(416, 'beyond the end', **{'Content-Range': f'bytes */{size}'})
             self.send(file.content[start:end + 1], 206, {**headers, 'Content-Range': f'bytes {start}-{end}/{size}'})
 
+        def resolve_dataset(self, name, revision, path):
+            self.resolve(name, revision, path, 'dataset')
+
         def resolve_space(self, name, revision, path):
             self.resolve(name, revision, path, 'space')
 
@@ -437,7 +464,7 @@ def _handler(hub: HubServer):
         return lambda self, kind, **rest: action(self, kind=kind.removesuffix('s'), **rest)
 
     name, rev = r'(?P<name>[^/]+/[^/]+)', r'(?P<revision>.+)'
-    repo = rf'/api/(?P<kind>models|spaces)/{name}'
+    repo = rf'/api/(?P<kind>models|datasets|spaces)/{name}'
     _ROUTES = (
         (('GET',), '/api/whoami-v2', Handler.whoami),
         (('POST',), '/api/repos/create', Handler.create),
@@ -445,6 +472,7 @@ def _handler(hub: HubServer):
         (('POST',), '/api/validate-yaml', Handler.validate_yaml),
         (('POST',), rf'{repo}/preupload/{rev}', by_kind(Handler.preupload)),
         (('POST',), rf'{repo}/commit/{rev}', by_kind(Handler.commit)),
+        (('GET',), rf'{repo}/xet-write-token/{rev}', by_kind(Handler.xet_token)),
         (('GET',), repo, by_kind(Handler.info)),
         (('GET',), rf'{repo}/revision/{rev}', by_kind(Handler.info)),
         (('GET',), rf'{repo}/tree/{rev}', by_kind(Handler.tree)),
@@ -456,6 +484,7 @@ def _handler(hub: HubServer):
         (('POST',), rf'/{name}\.git/info/lfs/objects/batch', Handler.lfs_batch),
         (('PUT',), r'/lfs/(?P<oid>[0-9a-f]{64})', Handler.lfs_put),
         (('POST',), '/lfs-verify', Handler.lfs_verify),
+        (('GET', 'HEAD'), rf'/datasets/{name}/resolve/(?P<revision>[^/]+)/(?P<path>.+)', Handler.resolve_dataset),
         (('GET', 'HEAD'), rf'/spaces/{name}/resolve/(?P<revision>[^/]+)/(?P<path>.+)', Handler.resolve_space),
         (('GET', 'HEAD'), rf'/{name}/resolve/(?P<revision>[^/]+)/(?P<path>.+)', Handler.resolve),
     )

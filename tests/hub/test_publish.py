@@ -106,6 +106,31 @@ def test_more_than_ten_megabytes_there_and_back(hub, big, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
 
 
+def test_hub_without_xet_storage_and_the_client_as_it_comes(hub, folder, monkeypatch):
+    """With Xet on, the client sends large files to Xet's storage only; this Hub has LFS alone."""
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', False)
+    vishub.publish(folder, REPO)
+    assert hub.count('GET', '/xet-write-token/') == 1 and hub.count('PUT', '/lfs/') == 1
+    repository = hub.repositories['model', REPO]
+    assert repository.files()['model.safetensors'] == (folder / 'model.safetensors').read_bytes()
+    assert len(repository.messages) == 2  # the initial one, and ours
+
+
+def test_hub_with_xet_storage(hub, folder, monkeypatch, tmp_path):
+    """The default client stores the large file as Xet's chunks, here in a folder, and commits its SHA-256."""
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', False)
+    hub.xet = tmp_path / 'xet'
+    content = (folder / 'model.safetensors').read_bytes()
+    hub.objects[sha256(folder / 'model.safetensors')] = content  # the stand-in cannot put chunks together
+    vishub.publish(folder, REPO)
+    assert hub.count('GET', '/xet-write-token/') >= 1 and hub.count('PUT', '/lfs/') == 0
+    stored = sum(path.stat().st_size for path in hub.xet.rglob('*') if path.is_file())
+    assert stored > 0.5 * len(content)  # it compresses
+    assert hub.repositories['model', REPO].files()['model.safetensors'] == content
+    model = timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert model.num_classes == 10
+
+
 def test_second_time_nothing_is_sent(hub, folder):
     first = vishub.publish(folder, REPO)
     before = hub.uploads()

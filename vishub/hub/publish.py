@@ -4,13 +4,14 @@ One commit a repository, so that a visitor sees the old files or all new ones. O
 publishing twice sends nothing, and after a kill the same command goes on where it was (the Hub keeps the large files
 that had arrived).
 """
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -219,20 +220,32 @@ def _send(
             hub.create_branch(repository, branch=revision, repo_type=kind, exist_ok=True)
         changed = _changed(hub, repository, kind, revision, files)
         if changed:
-            commit = hub.create_commit(
-                repository,
-                [CommitOperationAdd(path, _uploadable(files[path])) for path in changed],
-                commit_message=f'Publish with vishub {vishub.__version__}',
-                repo_type=kind,
-                revision=revision,
-            ).oid
+            commit = _commit(hub, repository, kind, revision, {path: files[path] for path in changed})
         else:
             commit = hub.repo_info(repository, repo_type=kind, revision=revision).sha or ''
     return _report(repository, kind, url, commit, files, changed)
 
 
-def _uploadable(content: Union[Path, bytes]) -> Union[str, bytes]:
-    return content if isinstance(content, bytes) else str(content.resolve())
+def _commit(hub: HfApi, repository: str, kind: str, revision: Optional[str], files: Files) -> str:
+    """Upload the files and commit them together; returns the commit."""
+    def send(place: Callable[[Path], Any]) -> str:
+        return hub.create_commit(
+            repository,
+            [CommitOperationAdd(path, place(content) if isinstance(content, Path) else content)
+             for path, content in files.items()],
+            commit_message=f'Publish with vishub {vishub.__version__}',
+            repo_type=kind,
+            revision=revision,
+        ).oid
+
+    try:
+        return send(lambda path: str(path.resolve()))
+    except ConnectionError as error:
+        if not ('xet-write-token' in str(error) and '404' in str(error)):
+            raise
+    # A Hub that has no Xet storage. The client knows LFS, too, and takes it for files that are open already.
+    with contextlib.ExitStack() as opened:
+        return send(lambda path: opened.enter_context(open(path, 'rb')))
 
 
 def _changed(hub: HfApi, repository: str, kind: str, revision: Optional[str], files: Files) -> List[str]:
