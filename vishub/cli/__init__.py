@@ -16,6 +16,7 @@ for _file in (
         'look',
         'predict',
         'train_classification',
+        'train_deblurring',
         'train_generation',
         'train_video_prediction',
         'evaluate',
