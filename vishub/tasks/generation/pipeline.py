@@ -158,7 +158,8 @@ class GenerationPipeline(Pipeline):
         pipe = GenerationPipeline('lit_small28.fashion_mnist')
         pipe('Sneaker', num_images=4, seed=7).save('sneakers.png')
 
-    Models of latents (four channels) need a VAE, models of text a text encoder, too; neither comes with vishub.
+    Models of latents (four channels) need a VAE, models of text a text encoder, too; neither comes with vishub. Of
+    the model of text no trained weights exist: not ours, and none of its authors that we could find.
 
     Args:
         model: See `Pipeline`.
@@ -198,6 +199,8 @@ class GenerationPipeline(Pipeline):
         self.latent = denoiser.in_chans not in (1, 3)
         self.autoencoder = load_autoencoder(vae).to(self.device) if vae is not None else None
         self.text_encoder = text_encoder
+        if text_encoder is not None and not self.takes_text:
+            raise InputError(f"'{self.name}' takes classes, not texts: leave text_encoder out")
         if isinstance(text_encoder, (str, os.PathLike)):
             from vishub.tasks.generation.text import load_text_encoder
             self.text_encoder = load_text_encoder(text_encoder, denoiser.max_tokens).to(self.device)
@@ -252,6 +255,11 @@ class GenerationPipeline(Pipeline):
         check_steps(solver, num_inference_steps)
         size = self._latent_size(height, width)
         named = [self._named(item) for item in prompts]  # before any work
+        warnings: Tuple[str, ...] = ()
+        if self.takes_text and hasattr(self.text_encoder, 'too_long'):
+            warnings = tuple(
+                f"the text '{text[:40]} …' is cut after {self.model.max_tokens} tokens"
+                for text in self.text_encoder.too_long([name for name, _ in named]))
         if not prompts:
             return []
         if self.latent and self.autoencoder is None:
@@ -296,7 +304,7 @@ class GenerationPipeline(Pipeline):
                 seeds=tuple(own_seed for _, own_seed in jobs[own]),
                 frames=tuple(tuple(moment[own]) for moment in moments),
                 model=self.name, num_params=self.num_params, num_inference_steps=num_inference_steps,
-                guidance_scale=guidance, solver=solver, latency_ms=latency_ms))
+                guidance_scale=guidance, solver=solver, latency_ms=latency_ms, warnings=warnings))
         return results if several else results[0]
 
     # -- checks -------------------------------------------------------------------------------------------------------
@@ -362,8 +370,10 @@ class GenerationPipeline(Pipeline):
         """The model under guidance, for the prompts of one batch."""
         model: Any = self.model
         if self.takes_text:
-            captions, mask = self.text_encoder([name for name, _ in named])
-            return model.guided(captions.to(self.device), mask.to(self.device), guidance)
+            captions, mask = (part.to(self.device) for part in self.text_encoder([name for name, _ in named]))
+            if guidance == 1:
+                return lambda x, t: model(x, t, captions, mask)
+            return lambda x, t: model.forward_with_cfg(x, t, captions, guidance, mask)
         y = torch.tensor([index for _, index in named], device=self.device)
         if guidance == 1:
             return lambda x, t: model(x, t, y)
