@@ -75,8 +75,12 @@ class Conv1x1(nn.Conv2d):
     def __init__(self, in_dim: int, out_dim: int, bias: bool = True, device=None, dtype=None) -> None:
         super().__init__(in_dim, out_dim, 1, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+    def forward(self, x: torch.Tensor, scale: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C', H, W); `scale` (1, C', 1, 1) multiplies the output, by way of the weights."""
+        weight, bias = self.weight.flatten(1), self.bias
+        if scale is not None:
+            weight, bias = weight * scale.view(-1, 1), bias * scale.flatten()
+        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 class SelectiveScan2d(nn.Module):
@@ -172,16 +176,21 @@ class NafBlock(nn.Module):
         self.conv5 = Conv1x1(dim, dim, **dd)
         self.gamma = nn.Parameter(torch.zeros(1, dim, 1, 1, **dd))
 
-    def spatial(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The gated convolution s (B, C, H, W), and what the block makes of it."""
-        s = simple_gate(self.conv2(self.conv1(self.norm1(x))))
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """The gated convolution s (B, C, H, W)."""
+        return simple_gate(self.conv2(self.conv1(self.norm1(x))))
+
+    def attended(self, s: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """s with channel attention, through a linear layer times `scale`."""
         mean = s.mean((2, 3), keepdim=True) if self.pool_size is None else box_mean(s, self.pool_size)
-        return s, self.conv3(s * self.sca(mean))
+        return self.conv3(s * self.sca(mean), scale)
+
+    def perceptron(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv5(simple_gate(self.conv4(self.norm2(x))), self.gamma)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> the same."""
-        x = x + self.beta * self.spatial(x)[1]
-        return x + self.gamma * self.conv5(simple_gate(self.conv4(self.norm2(x))))
+        return self.perceptron(x + self.attended(self.gated(x), self.beta))
 
 
 def box_mean(x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
@@ -224,10 +233,10 @@ class NafScanBlock(NafBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> the same turned: (B, C, W, H) for an even index."""
         x = x.transpose(2, 3) if self.index % 2 == 0 else x.flip(2, 3)
-        s, local = self.spatial(x)
-        scanned = self.attn(self.norm_mamba(s)) * (self.alpha + 1)
-        x = x + self.beta * (self.lamb_l * local + self.lamb_g * scanned)
-        return x + self.gamma * self.conv5(simple_gate(self.conv4(self.norm2(x))))
+        s = self.gated(x)
+        scanned = self.attn(self.norm_mamba(s))
+        x = x + self.attended(s, self.beta * self.lamb_l) + self.beta * self.lamb_g * (self.alpha + 1) * scanned
+        return self.perceptron(x)
 
 
 class Level(nn.Module):
