@@ -1,4 +1,5 @@
 """Generation: a class or a sentence in, pictures out; the same seed gives the same pictures on every run."""
+import io
 import os
 import time
 from dataclasses import dataclass, field
@@ -94,6 +95,14 @@ class GenerationResult(Result):
         canvas.paste(grid, (margin, header))
         return canvas
 
+    def gif(self) -> bytes:
+        """The denoising as an animated GIF: the kept moments, each as a grid, and the pictures."""
+        moments = [picture_grid(frame) for frame in (*self.frames, self.pictures)]
+        durations = [140] * (len(moments) - 1) + [1800]  # milliseconds; the last one is what one wants to look at
+        buffer = io.BytesIO()
+        moments[0].save(buffer, 'GIF', save_all=True, append_images=moments[1:], duration=durations, loop=0)
+        return buffer.getvalue()
+
     def save(self, path: Union[str, os.PathLike]) -> Path:
         """As `Result.save`; `.gif` writes the denoising, which needs `frames`.
 
@@ -105,10 +114,8 @@ class GenerationResult(Result):
             return super().save(path)
         if not self.frames:
             raise InputError(f"'{path}' needs the moments of the denoising: ask for them, as frames=12")
-        moments = [picture_grid(frame) for frame in (*self.frames, self.pictures)]
-        durations = [120] * (len(moments) - 1) + [1500]  # milliseconds; the last one is what one wants to look at
         with atomic_path(path) as temporary:
-            moments[0].save(temporary, save_all=True, append_images=moments[1:], duration=durations, loop=0)
+            temporary.write_bytes(self.gif())
         return path
 
 
