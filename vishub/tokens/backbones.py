@@ -67,11 +67,17 @@ def attend(
     if 'probs' in needs:
         # Page rank multiplies this matrix with itself many times over: float32, whatever the model runs in.
         with full_precision(q):
-            # Copying the rows of k is cheaper than matmul's own copy of its columns.
-            logits = (q.float().contiguous() * attn.scale) @ k.float().contiguous().transpose(-2, -1)
-            probs = (logits if bias is None else logits + bias.float()).softmax(dim=-1)
-        out = F.dropout(probs, dropout, attn.training).to(v.dtype) @ v
-        return out, probs[:, :, 0].mean(dim=1) if 'class_row' in needs else None, probs
+            B, H, N, _ = q.shape
+            rows, columns = (part.float().reshape(B * H, N, -1) for part in (q, k))
+            if bias is None:
+                logits = torch.baddbmm(rows.new_empty(1, 1, 1), rows, columns.mT, beta=0, alpha=attn.scale)
+            else:
+                bias = bias.float().expand(B, H, -1, -1).reshape(B * H, -1, N)
+                logits = torch.baddbmm(bias, rows, columns.mT, alpha=attn.scale)
+            probs = logits.softmax(dim=-1)  # B * H, N, N
+        out = torch.bmm(F.dropout(probs, dropout, attn.training).to(v.dtype), v.reshape(B * H, N, -1))
+        probs = probs.view(B, H, N, N)
+        return out.view(B, H, N, -1), probs[:, :, 0].mean(dim=1) if 'class_row' in needs else None, probs
     if 'class_row' in needs:
         with full_precision(q):
             row = _first_row(q[:, :, 0].float() * attn.scale, k.float())  # B, H, N

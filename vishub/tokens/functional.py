@@ -8,7 +8,7 @@ Token Transforming (arXiv 2506.05709), of which only the idea is published and t
 """
 import math
 from contextlib import nullcontext
-from typing import Callable, ContextManager, NamedTuple, Optional, Tuple, Union
+from typing import Callable, ContextManager, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -262,22 +262,43 @@ def page_rank(
         raise InputError(f'page_rank: iterations is {iterations}; at least one vote is needed')
     N = attn.shape[-1]
     with full_precision(attn):
-        matrix = attn.float().reshape(-1, N, N)
         if start is None:
             start = attn.new_ones(N, dtype=torch.float32) if mask is None else mask
             start = start / start.sum(-1, keepdim=True)
+        matrix = attn.float().reshape(-1, N, N)
         score = start.expand(attn.shape[:-1]).reshape(-1, 1, N)  # a row times the matrix streams the matrix's rows
         if mask is None:
-            for _ in range(iterations):
-                score = torch.bmm(score, matrix)
-            return score.view(attn.shape[:-1])
+            return _vote(score, None, matrix, iterations, attn.shape[:-1])
         mask = mask.expand(attn.shape[:-1]).reshape(-1, 1, N)
         row_sum = torch.bmm(mask, matrix.transpose(1, 2))  # what of each row stays inside
         # A row that looks at nobody inside has no vote to give; the floor only avoids 0 / 0.
         give = mask / row_sum.clamp_min(torch.finfo(torch.float32).tiny)
+        return _vote(score, give, matrix, iterations, attn.shape[:-1]) * mask.view(attn.shape[:-1])
+
+
+def _vote(
+        score: torch.Tensor,
+        give: Optional[torch.Tensor],
+        matrix: torch.Tensor,
+        iterations: int,
+        shape: Sequence[int],
+) -> torch.Tensor:
+    """Scores (G, 1, N) after the votes of G graphs (G, N, N), as `shape` (..., N); `give` (G, 1, N) scales what a token
+    has to give."""
+    heads = shape[-2] if len(shape) > 1 else 1
+    if iterations < 4 or matrix.is_cuda or torch.compiler.is_compiling():
         for _ in range(iterations):
-            score = torch.bmm(score * give, matrix)  # `give` is 0 outside
-        return (score * mask).view(attn.shape[:-1])
+            score = torch.bmm(score if give is None else score * give, matrix)
+        return score.view(shape)
+    # All votes of one head after the other: its graphs stay in the CPU's cache, which halves the time of many votes.
+    parts = []
+    for head in range(heads):
+        graphs, part = matrix[head::heads], score[head::heads]
+        giving = None if give is None else give[head::heads]
+        for _ in range(iterations):
+            part = torch.bmm(part if giving is None else part * giving, graphs)
+        parts.append(part)
+    return torch.stack(parts, dim=1).view(shape)
 
 
 def filter_heads(
