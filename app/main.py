@@ -12,7 +12,7 @@ import gradio as gr
 
 import vishub
 
-from . import classify, models, tokens
+from . import classify, generate, models, predict, tokens
 from .theme import CSS, theme
 from .upload import MAX_FILE_SIZE
 
@@ -30,6 +30,8 @@ class Tab:
 # A task joins the demo with its module and one line here.
 TABS: Tuple[Tab, ...] = (
     Tab('Classify', 'classify', classify.build),
+    Tab('Predict', 'predict', predict.build),
+    Tab('Generate', 'generate', generate.build),
     Tab('Tokens', 'tokens', tokens.build),
     Tab('Models', 'models', models.build),
 )

@@ -217,7 +217,7 @@ def test_examples_suit_the_model(served_weights):
 
 
 def test_without_weights_the_page_says_so(monkeypatch):
-    for tab in ('classify', 'tokens'):
+    for tab in ('classify', 'predict', 'tokens'):
         monkeypatch.setattr(f'app.{tab}.trained_models', lambda task: [])
     config = build_app().get_config_file()
     assert any(NO_MODELS in str(part['props'].get('value')) for part in config['components'])

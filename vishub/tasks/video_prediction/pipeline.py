@@ -201,21 +201,10 @@ class VideoPredictionResult(Result):
 
     def plot(self) -> Image.Image:
         """Given, true and predicted frames as strips, and beneath them the error of each future frame."""
-        shown = _evenly(len(self.predicted))
-        rows: List[Tuple[str, np.ndarray, Any]] = [
-            ('Given', self.pixels(self.given[_evenly(len(self.given))]), drawing.MUTED)]
-        if self.truth is not None:
-            rows.append(('True', self.pixels(self.truth[[n for n in shown if n < len(self.truth)]]), _TRUE))
-        rows.append(('Predicted', self.pixels(self.predicted[shown]), _PREDICTED))
-        height, width = self.given.shape[2:]
-        margin, label, gap, header = 32, 110, 6, 72
-        columns = max(len(pixels) for _, pixels, _ in rows)
-        wide = max(24, min(104, (1240 - label) // columns - gap))
-        high = round(wide * height / width)
-        chart = 0 if self.truth is None else 240
-        canvas = Image.new('RGB', (
-            max(2 * margin + label + columns * (wide + gap), 640),
-            header + len(rows) * (high + 14) + chart + margin), drawing.PAPER)
+        strips = self.plot_frames()
+        margin, header = 32, 72
+        chart = 0 if self.errors is None else 252
+        canvas = Image.new('RGB', (strips.width + 2 * margin, header + strips.height + chart + margin), drawing.PAPER)
         draw = ImageDraw.Draw(canvas)
         facts = f'{self.num_params / 1e6:.1f} M parameters, {self.latency_ms:.0f} ms'
         left = canvas.width - margin - drawing.font(16).getlength(facts)
@@ -223,15 +212,33 @@ class VideoPredictionResult(Result):
         name = f'{self.model}: {os.path.basename(self.source)}' if self.source else self.model
         draw.text((margin, 26), drawing.elide(name, drawing.font(22), left - 2 * margin), fill=drawing.INK,
                   font=drawing.font(22))
-        top = header
-        for title, pixels, colour in rows:
-            draw.text((margin, top + high // 2 - 10), title, fill=colour, font=drawing.font(18))
-            for place, frame in enumerate(pixels):
-                x = margin + label + place * (wide + gap)
-                canvas.paste(_enlarged(frame, wide, high), (x, top))
-            top += high + 14
+        canvas.paste(strips, (margin, header))
         if self.errors is not None:
-            self._draw_errors(draw, self.errors, (margin, top + 12, canvas.width - margin, top + chart))
+            bottom = header + strips.height
+            self._draw_errors(draw, self.errors, (margin, bottom + 24, canvas.width - margin, bottom + chart))
+        return canvas
+
+    def plot_frames(self) -> Image.Image:
+        """Given, true and predicted frames as strips, at most twelve of each, evenly spread."""
+        shown = _evenly(len(self.predicted))
+        rows: List[Tuple[str, np.ndarray, Any]] = [
+            ('Given', self.pixels(self.given[_evenly(len(self.given))]), drawing.MUTED)]
+        if self.truth is not None:
+            rows.append(('True', self.pixels(self.truth[[n for n in shown if n < len(self.truth)]]), _TRUE))
+        rows.append(('Predicted', self.pixels(self.predicted[shown]), _PREDICTED))
+        height, width = self.given.shape[2:]
+        label, gap = 110, 6
+        columns = max(len(pixels) for _, pixels, _ in rows)
+        wide = max(24, min(104, (1240 - label) // columns - gap))
+        high = round(wide * height / width)
+        canvas = Image.new(
+            'RGB', (max(label + columns * (wide + gap) - gap, 576), len(rows) * (high + 14) - 14), drawing.PAPER)
+        draw = ImageDraw.Draw(canvas)
+        for row, (title, pixels, colour) in enumerate(rows):
+            top = row * (high + 14)
+            draw.text((0, top + high // 2 - 10), title, fill=colour, font=drawing.font(18))
+            for place, frame in enumerate(pixels):
+                canvas.paste(_enlarged(frame, wide, high), (label + place * (wide + gap), top))
         return canvas
 
     def plot_errors(self, width: int = 640, height: int = 300) -> Optional[Image.Image]:
@@ -402,7 +409,7 @@ class VideoPredictionPipeline(Pipeline):
             every = f', every {stride}th taken' if stride > 1 else ''
             still = ' a still picture does not tell what moves;' if found == 1 else ''
             raise InputError(
-                f'{name} has {found} frame{"s" * (found > 1)}{behind}{every};{still} {self.name} needs {needed}')
+                f'{name} has {found} frame{"s" * (found > 1)}{behind}{every};{still} the model needs {needed}')
         return clip
 
     def _predict(self, clips: List[Clip], horizon: int, advance: Any) -> List[VideoPredictionResult]:

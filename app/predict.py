@@ -1,0 +1,233 @@
+"""The Predict tab: a clip in, the frames that follow out, animated beside the true ones, with the error of each."""
+import base64
+import html
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
+
+import gradio as gr
+from PIL import Image
+
+from vishub import InputError
+from vishub.tasks.base import Progress
+from vishub.tasks.video_prediction.pipeline import VideoPredictionResult, encode_animation
+
+from .examples import FOLDER
+from .messages import busy, error_sentence, failure, notice
+from .models import TrainedModel, trained_models
+from .pipelines import PIPELINES
+from .upload import uploaded
+from .work import RunningWork, Stopped, Work
+
+__all__ = ['CLIPS', 'build', 'predict']
+
+TASK = 'video_prediction'
+NO_MODELS = 'No video prediction model has trained weights yet, so there is nothing to try here. ' \
+            'The Models tab lists the architectures.'
+CLIPS = tuple(FOLDER / 'clips' / f'moving-digits-{number}.gif' for number in range(1, 7))
+MOST_FRAMES = 48
+_NOTHING_YET = 'Choose a clip (a video, an animated GIF or a .npy array), or take an example.'
+_RUNNING = RunningWork()
+
+# animation, errors, frames, facts, files, status, Stop button
+Outputs = Tuple[Any, Any, Any, str, Any, str, Any]
+
+
+def predict(
+        upload: Optional[dict],
+        model: str,
+        horizon: int,
+        start: int,
+        stride: int,
+        request: Optional[gr.Request] = None,
+) -> Iterator[Outputs]:
+    """Predict what follows in an upload; yields what the page shall show, the last time with the result or one
+    sentence of error.
+
+    Args:
+        upload: Raw value of the file component.
+        model: Name of one of `trained_models`.
+        horizon: Future frames.
+        start: Frame of the clip that is the first given one.
+        stride: Take every so manieth frame.
+        request: Given by Gradio; tells whose Stop button ends this work.
+    """
+    if not upload:
+        yield _page(notice(_NOTHING_YET))
+        return
+    path = name = None
+    try:
+        path, name = uploaded(upload)
+        chosen = _chosen(model)
+        work = Work(lambda progress: _run(chosen, path, int(horizon), int(start), int(stride), progress))
+        with _RUNNING.of(_visitor(request), work):
+            for done, total in work:
+                doing = f'Looking ahead in {name} …' if total else f'Loading {chosen.name} …'
+                status = busy('Stopping …' if work.is_stopping else doing, done / total if total > 1 else None)
+                yield (*(gr.skip() for _ in range(5)), status, gr.Button(interactive=not work.is_stopping))
+        result, shown = work.result()
+    except Stopped:
+        yield _page(notice('Stopped.'))
+        return
+    except Exception as error:
+        yield _page(failure(error_sentence(error, 'predicting the clip', path, name)))
+        return
+    with tempfile.TemporaryDirectory() as folder:  # Gradio has its own copies when this generator goes on
+        yield _shown(result, shown, chosen, name, Path(folder))
+
+
+def _visitor(request: Optional[gr.Request]) -> Optional[str]:
+    return request.session_hash if request is not None else None
+
+
+def _stop(request: gr.Request) -> None:
+    _RUNNING.stop(_visitor(request))
+
+
+def _run(
+        chosen: TrainedModel, path: str, horizon: int, start: int, stride: int, progress: Progress,
+) -> Tuple[VideoPredictionResult, bytes]:
+    """The result, and its animation as GIF: drawing takes longer than a small model."""
+    pipeline = PIPELINES.get(TASK, chosen.source)
+    result = pipeline(path, horizon=horizon, start=start, stride=stride, progress=progress)
+    progress(horizon, horizon)
+    return result, encode_animation(result.animation(), result.frame_ms, 'gif')
+
+
+def _chosen(model: str) -> TrainedModel:
+    models = {row.name: row for row in trained_models(TASK)}
+    if model not in models:
+        raise InputError(f"There is no model '{model}' here: choose one from the list.")
+    return models[model]
+
+
+def _page(
+        status: str, animation: Any = '', errors: Any = None, frames: Any = None, facts: str = '', files: Any = None,
+) -> Outputs:
+    """The page at rest: what is not given is emptied."""
+    return animation, errors, frames, facts, files, status, gr.Button(interactive=False)
+
+
+def _shown(
+        result: VideoPredictionResult, animation: bytes, chosen: TrainedModel, name: str, folder: Path) -> Outputs:
+    stem = Path(name).stem
+    files = []
+    for suffix, content in (('.gif', animation), ('.npy', None), ('.json', None)):
+        file = folder / f'{stem}.prediction{suffix}'
+        if content is None:
+            result.save(file)
+        else:
+            file.write_bytes(content)
+        files.append(str(file))
+    encoded = base64.b64encode(animation).decode('ascii')
+    count = len(result.predicted)
+    title = f'{len(result.given)} given frames, then {count} predicted'
+    if result.truth is not None:
+        title += ' beside the true ones'
+    picture = '<figure style="margin:0;text-align:center">' \
+              f'<img alt="{title}" style="max-width:100%;height:auto" src="data:image/gif;base64,{encoded}">' \
+              f'<figcaption class="vh-note">{title}</figcaption></figure>'
+    facts = {
+        'Model': chosen.name,
+        'Parameters': f'{result.num_params / 1e6:.2f} M',
+        'Latency': f'{result.latency_ms:.0f} ms',
+        'Pixels': f'{result.given.shape[3]} × {result.given.shape[2]}',
+    }
+    sentences = [f'{name}: {result.summary()[0]}.']
+    chart: Optional[Image.Image] = result.plot_errors()
+    if result.errors is not None:
+        own, copied = (sum(result.errors[key]) / len(result.errors[key]) for key in ('predicted', 'copied'))
+        sentences.append(f'Squared error a frame: {own:.1f}; of the last given frame, copied, {copied:.1f}.')
+    else:
+        sentences.append('The clip has no frames beyond the given ones, so there is no truth to compare with.')
+    return _page(
+        notice(' '.join([*sentences, *result.warnings])), picture, gr.Image(chart, visible=chart is not None),
+        gr.Image(result.plot_frames(), visible=True), _facts(facts), gr.File(files, visible=True))
+
+
+def _facts(facts: Dict[str, str]) -> str:
+    items = (f'<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>' for key, value in facts.items())
+    return f'<dl class="vh-facts">{"".join(items)}</dl>'
+
+
+def _about(model: TrainedModel) -> str:
+    text = f'{html.escape(model.summary)}. ' if model.summary else ''
+    if 'mnist' in model.tag:
+        text += 'It has seen nothing but handwritten digits that drift and bounce; other clips it takes for such.'
+    return f'<div class="vh-note">{text}</div>'
+
+
+def _clip_input(**kwargs: Any) -> gr.File:
+    """A file component for upload and drop that never fetches an address for a client."""
+    clip = gr.File(file_count='single', type='filepath', **kwargs)
+    move = clip.async_move_resource_to_block_cache
+
+    async def move_files_only(path: Any) -> Any:
+        if '://' in str(path):
+            _refuse_address()
+        return await move(path)
+
+    clip.async_move_resource_to_block_cache = move_files_only
+    return clip
+
+
+def _refuse_address() -> NoReturn:
+    raise gr.Error('An address is not a clip: upload the file itself.', print_exception=False)
+
+
+def build(tab: gr.Tab) -> None:
+    """Add the tab's content to the Blocks around it."""
+    models = trained_models(TASK)
+    if not models:
+        gr.HTML(notice(NO_MODELS))
+        return
+    by_name = {model.name: model for model in models}
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=300):
+            clip = _clip_input(label='Clip', height=140, elem_id='vh-predict-clip')
+            status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-predict-status')
+            gallery: List[Tuple[str, str]] = [(str(path), f'Digits {n}') for n, path in enumerate(CLIPS, 1)]
+            examples = gr.Gallery(
+                gallery, label='Or take an example', columns=3, height='auto', allow_preview=False,
+                object_fit='cover', buttons=[], interactive=False, elem_id='vh-predict-examples',
+                elem_classes='vh-thumbnails',
+            )
+            model = gr.Dropdown(
+                [row.name for row in models], value=models[0].name, label='Model', elem_id='vh-predict-model')
+            about = gr.HTML(_about(models[0]))
+            horizon = gr.Slider(1, MOST_FRAMES, value=16, step=1, label='Frames ahead', elem_id='vh-predict-horizon')
+            with gr.Accordion('Options', open=False):
+                start = gr.Number(0, precision=0, minimum=0, label='First given frame')
+                stride = gr.Slider(1, 10, value=1, step=1, label='Take every … frame')
+            with gr.Row():
+                run = gr.Button('Predict', variant='primary', min_width=120, elem_id='vh-predict-run')
+                stop = gr.Button('Stop', min_width=80, scale=0, interactive=False, elem_id='vh-predict-stop')
+        with gr.Column(min_width=300):
+            animation = gr.HTML(elem_id='vh-predict-animation')
+            facts = gr.HTML(elem_id='vh-predict-facts')
+            errors = gr.Image(
+                label='Error over the horizon', show_label=False, interactive=False, format='png',
+                buttons=['download', 'fullscreen'], visible=False, elem_id='vh-predict-errors',
+            )
+            frames = gr.Image(
+                label='All frames', show_label=False, interactive=False, format='png',
+                buttons=['download', 'fullscreen'], visible=False, elem_id='vh-predict-frames',
+            )
+            files = gr.File(label='Download', visible=False, interactive=False, elem_id='vh-predict-files')
+
+    # Raw values (preprocess=False): see upload.py. `always_last`: of several quick changes only the last one counts.
+    gr.on(
+        [clip.change, model.change, horizon.release, run.click],
+        predict, [clip, model, horizon, start, stride], [animation, errors, frames, facts, files, status, stop],
+        preprocess=False, show_progress='hidden', trigger_mode='always_last', api_visibility='private',
+    )
+    stop.click(_stop, queue=False, show_progress='hidden', api_visibility='private')
+
+    def take_example(event: gr.SelectData) -> str:
+        return str(CLIPS[event.index])
+
+    def change_model(name: str) -> str:
+        return _about(by_name[name])
+
+    examples.select(take_example, None, clip, show_progress='hidden', api_visibility='private')
+    model.change(change_model, model, about, show_progress='hidden', api_visibility='private')
