@@ -10,7 +10,7 @@ import torch
 from vishub import catalog
 from vishub.files import sha256
 from vishub.hub import catalog_row, weights_folders
-from vishub.listing import markdown_table
+from vishub.listing import markdown_table, peers_table, weights_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,8 +85,11 @@ def test_catalogue_imports_nothing_of_ours():
     assert imported == {'difflib', 'dataclasses', 'typing'}
 
 
-def test_readme_has_the_generated_table():
+@pytest.mark.parametrize(
+    'mark, table', [('models', markdown_table), ('weights', weights_table), ('peers', peers_table)])
+def test_readme_has_the_generated_tables(mark, table):
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    found = re.search(r'<!-- models -->\n(.*?)<!-- /models -->', readme, flags=re.DOTALL)
-    assert found, 'README.md needs the markers <!-- models --> and <!-- /models --> around the model table'
-    assert found[1].strip() == markdown_table().strip(), 'paste the output of: vishub list --markdown'
+    found = re.search(rf'<!-- {mark} -->\n(.*?)<!-- /{mark} -->', readme, flags=re.DOTALL)
+    assert found, f'README.md needs the markers <!-- {mark} --> and <!-- /{mark} --> around the table'
+    option = '' if mark == 'models' else ' --pretrained'
+    assert found[1].strip() == table().strip(), f'paste the output of: vishub list{option} --markdown'

@@ -1,11 +1,12 @@
 """What `vishub list`, `vishub info` and README's model table show: the catalogue, with counts and figures added."""
 import json
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from vishub import catalog
 from vishub.hub.find import weights_folders
 
-__all__ = ['markdown_table', 'model_info', 'model_rows']
+__all__ = ['figure', 'markdown_table', 'model_info', 'model_rows', 'peers_table', 'weights_table']
 
 
 def model_rows(task: Optional[str] = None, pretrained: bool = False) -> List[Dict[str, Any]]:
@@ -82,6 +83,60 @@ def markdown_table() -> str:
             f'| [{row["family"]}](https://arxiv.org/abs/{row["arxiv"]}) | {weights or "–"} |'
         )
     return '\n'.join(lines) + '\n'
+
+
+def weights_table() -> str:
+    """README's table of the weights in `weights/`: what each was measured on, and its first figure."""
+    from vishub.hub.card import metric_title
+
+    lines = [
+        '| Weights | Task | Data | Figure (95 % interval) | Input | Epochs |',
+        '| --- | --- | --- | --- | --- | ---: |']
+    for weight in catalog.weights():
+        folder = weights_folders()[weight.name]
+        measured = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
+        value = f'{weight.value:.2f}{_interval(measured["metrics"], weight.metric)}'
+        lines.append(
+            f'| [`{weight.name}`](weights/{weight.name}/README.md) '
+            f'| {catalog.find(weight.architecture).task.replace("_", " ")} | {weight.data} '
+            f'| {metric_title(weight.metric)}: {value} | {_input(folder)} | {measured["training"]["epochs"] or "–"} |')
+    return '\n'.join(lines) + '\n'
+
+
+def peers_table() -> str:
+    """README's table of classifiers beside the peers of their cards: same data, same number of epochs."""
+    rows: Dict[Any, Dict[str, Any]] = {}  # data, epochs -> name -> its cells
+    for name, folder in weights_folders().items():
+        measured = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
+        peers = measured.get('peers', ())
+        if not peers or 'top1' not in measured['metrics']:
+            continue
+        own = {**measured, 'name': name, 'epochs': measured['training']['epochs']}
+        for row in (own, *peers):
+            key = measured['data'], row.get('epochs', own['epochs'])
+            side = 'x'.join(map(str, row['input_size'])) if 'input_size' in row else _input(folder)
+            rows.setdefault(key, {})[row['name'].partition(' with ')[0]] = {
+                'input': side, 'num_params': row['num_params'], 'metrics': row['metrics']}
+    lines = [
+        '| Data | Epochs | Model | Input | Parameters | Top-1 % (95 % interval) |',
+        '| --- | ---: | --- | --- | ---: | --- |']
+    for (data, epochs), group in sorted(rows.items()):
+        if len(group) > 1:
+            for name, row in sorted(group.items(), key=lambda item: -item[1]['metrics']['top1']):
+                value = f'{row["metrics"]["top1"]:.2f}{_interval(row["metrics"], "top1")}'
+                lines.append(
+                    f'| {data} | {epochs} | `{name}` | {row["input"]} | {row["num_params"] / 1e6:.2f} M | {value} |')
+    return '\n'.join(lines) + '\n'
+
+
+def _input(folder: Path) -> str:
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    return 'x'.join(map(str, config['pretrained_cfg']['input_size']))
+
+
+def _interval(figures: Dict[str, Any], metric: str) -> str:
+    low, high = figures.get(f'{metric}_ci95', (None, None))
+    return '' if low is None else f' ({low:.2f} to {high:.2f})'
 
 
 def figure(weight: Dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ import timm
 
 from vishub import catalog
 
-__all__ = ['model_card']
+__all__ = ['metric_title', 'model_card']
 
 # our task -> the Hub's name for it
 _PIPELINE_TAGS = {
@@ -27,6 +27,11 @@ _METRIC_TITLES = {
     'agreement': 'Class agreement (%)', 'frechet': "Fréchet distance in the judge's features",
     'fid': 'FID',
 }
+
+
+def metric_title(metric: str) -> str:
+    """A metric's name to read, with its unit."""
+    return _METRIC_TITLES.get(metric, metric)
 
 
 def model_card(
@@ -53,7 +58,7 @@ def model_card(
         _pictures(card),
         _use(name, config, card, repository),
         _training(metrics),
-        _peers(name, metrics),
+        _peers(name, config, metrics),
         _robustness(metrics, card),
         _limits(config, card),
         _file(metrics),
@@ -88,7 +93,7 @@ def _front_matter(
             dataset_name=metrics['data'],
             dataset_split=metrics['split'],
             metric_type=_METRIC_TYPES.get(key, key),
-            metric_name=_METRIC_TITLES.get(key, key),
+            metric_name=metric_title(key),
             metric_value=value,
         )
         for key, value in figures.items()
@@ -138,7 +143,7 @@ def _results(metrics: Mapping[str, Any]) -> str:
     rows = []
     for key, value in _figures(metrics).items():
         low_high = metrics['metrics'].get(f'{key}_ci95')
-        rows.append([_METRIC_TITLES.get(key, key), _number(value), _interval(low_high)])
+        rows.append([metric_title(key), _number(value), _interval(low_high)])
     return (
         f'## Results\n\nMeasured on the stored weights: {metrics["data"]}, {metrics["split"]}, '
         f'{metrics["num_test"]:,} items.\n\n' + _table(['Metric', 'Value', '95 % interval'], rows)
@@ -196,7 +201,7 @@ def _training(metrics: Mapping[str, Any]) -> str:
 """
 
 
-def _peers(name: str, metrics: Mapping[str, Any]) -> str:
+def _peers(name: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     peers = metrics.get('peers')
     if not peers:
         return ''
@@ -218,9 +223,11 @@ def _peers(name: str, metrics: Mapping[str, Any]) -> str:
         ]
         for entry in (own, *peers)
     ]
-    header = ['Model', 'Epochs', 'Parameters', *(_METRIC_TITLES.get(key, key) for key in keys), 'Training time']
+    header = ['Model', 'Epochs', 'Parameters', *(metric_title(key) for key in keys), 'Training time']
     epochs = metrics.get('training', {}).get('epochs')
-    same = all(peer.get('epochs', epochs) == epochs for peer in peers)
+    size = config['pretrained_cfg']['input_size']
+    same = all(
+        peer.get('epochs', epochs) == epochs and list(peer.get('input_size', size)) == list(size) for peer in peers)
     return f'## Peers {"under the same budget" if same else "on the same data"}\n\n' + _table(header, rows)
 
 
@@ -233,7 +240,7 @@ def _robustness(metrics: Mapping[str, Any], card: Mapping[str, Any]) -> str:
         for model, corruptions in robustness['models'].items()
         for corruption, values in corruptions.items()
     ]
-    title = _METRIC_TITLES.get(robustness['metric'], robustness['metric'])
+    title = metric_title(robustness['metric'])
     header = ['Model', 'Corruption', *(f'severity {n}' if n else 'clean' for n in robustness['severities'])]
     count = robustness.get('num_images')
     images = f'{count:,} evenly spread images of the test split' if count else 'the test split'

@@ -9,8 +9,9 @@
                        e.g. {'top1': 86.1, 'top1_ci95': [85.4, 86.8], 'top5': 99.4} (accuracies in per cent)
     training    dict   optional; 'command', 'seed', 'epochs', 'wall_s' (seconds), 'hardware', 'recipe' (a sentence or a
                        dict), and whatever else the training wants to note
-    peers       list   optional; same data: {'name', 'num_params', 'metrics', 'wall_s'} each, and 'epochs' where
-                       known: others than the model's own, and the card claims no same budget
+    peers       list   optional; same data: {'name', 'num_params', 'metrics', 'wall_s'} each, and 'epochs' and
+                       'input_size' ([C, H, W]) where known: others than the model's own, and the card claims no same
+                       budget
     robustness  dict   optional; {'metric': 'top1', 'severities': [0, 1, 2, 3, 4, 5] (0 is clean), 'num_images': 2000,
                        'models': {name: {'noise': [one number a severity], 'blur': […], …}}}
     card        dict   what only a person can say, all optional: 'licence' (SPDX, default apache-2.0), 'limits' (list of

@@ -1058,6 +1058,11 @@ default_cfgs = generate_default_cfgs({
     'fcaformer_l4': _cfg(),
     'fcaformer_dense_l2': _cfg(fixed_input_size=False, min_input_size=(3, 32, 32)),
     'fcaformer_small64': _cfg(num_classes=10, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0),
+    'fcaformer_small64.fashion_mnist': _cfg(
+        hf_hub_id='vishub/fcaformer_small64.fashion_mnist', num_classes=10, input_size=(1, 64, 64), pool_size=(2, 2),
+        crop_pct=1.0, crop_mode='squash', mean=(0.2874,), std=(0.3537,),
+        label_names=(
+            'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')),
 })
 
 

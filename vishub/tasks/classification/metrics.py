@@ -352,7 +352,7 @@ def evaluate(
         progress: Called with (images done, images in all), those of every corruption counted.
 
     Returns:
-        JSON values: `model`, `num_params`, `data`, `split`, `num_test`, `metrics`, `report`, `peers`, and
+        JSON values: `model`, `num_params`, `input_size`, `data`, `split`, `num_test`, `metrics`, `report`, `peers`, and
         `robustness` if asked for; the last five as metrics.json has them (`vishub/hub/folder.py`).
 
     Raises:
@@ -394,13 +394,14 @@ def evaluate(
         figures = measure(pipe, images, data.classes, batch_size=batch_size, advance=advance)
         training = _recorded(folder).get('training', {})
         budget = {key: training[key] for key in ('wall_s', 'epochs') if key in training}
-        measured.append({'name': name, 'num_params': pipe.num_params, **figures, **budget})
+        size = {'num_params': pipe.num_params, 'input_size': list(pipe.input_size)}
+        measured.append({'name': name, **size, **figures, **budget})
         if robustness_images:
             tables[name] = robustness(
                 pipe, some, data.classes, batch_size=batch_size, seed=seed, advance=advance)
     own, *peers = measured
     report = {
-        'model': own['name'], 'num_params': own['num_params'], 'data': data.name,
+        'model': own['name'], 'num_params': own['num_params'], 'input_size': own['input_size'], 'data': data.name,
         'split': 'test split' if split == 'test' else 'validation split',
         **{key: own[key] for key in ('num_test', 'metrics', 'report')},
         'peers': [{key: value for key, value in peer.items() if key not in ('num_test', 'report')} for peer in peers],
