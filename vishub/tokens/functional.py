@@ -101,16 +101,18 @@ def bipartite_matching(metric: torch.Tensor, r: int, prefix: int = 1) -> Plan:
     even = positions[prefix + prefix % 2::2]
     odd = positions[prefix + 1 - prefix % 2::2]
     with torch.no_grad(), full_precision(metric):
-        unit = F.normalize(metric.float(), dim=-1)
+        metric = metric.float()
+        unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
         scores = torch.bmm(unit[:, prefix + prefix % 2::2], unit[:, prefix + 1 - prefix % 2::2].transpose(1, 2))
         best, partner = scores.max(dim=-1)  # B, even
         order = best.argsort(dim=-1, descending=True, stable=True)
-        chosen, stay = order[:, :r], order[:, r:]
+        ranked = even[order]
+        source, stay = ranked[:, :r], ranked[:, r:]
         if prefix:
             stay = stay.sort(dim=-1).values
-        keep = torch.cat([positions[:prefix].expand(B, -1), even[stay], odd.expand(B, -1)], dim=1)
-        target = partner.gather(1, chosen) + (prefix + stay.shape[1])
-        return Plan(keep, even[chosen], target)
+        keep = torch.cat([positions[:prefix].expand(B, -1), stay, odd.expand(B, -1)], dim=1)
+        target = partner.gather(1, order[:, :r]) + (prefix + stay.shape[1])
+        return Plan(keep, source, target)
 
 
 def merge_sizes(plan: Plan, size: Optional[torch.Tensor] = None) -> torch.Tensor:
