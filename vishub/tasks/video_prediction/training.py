@@ -56,7 +56,7 @@ class VideoPredictionRecipe(Recipe):
             command: str = '',
     ):
         self.model_name, self.model_args, self.command = model, dict(model_args or {}), command
-        like = self._create(self.model_args)  # its frames decide those of data that are made to measure
+        like = self.create(self.model_args)  # its frames decide those of data that are made to measure
         self.num_frames = like.num_frames
         if isinstance(data, VideoData):
             self.data = data
@@ -76,7 +76,8 @@ class VideoPredictionRecipe(Recipe):
                 ('in_chans', channels, like.in_chans), ('img_size', tuple(sides), like.img_size))
             if value != had}
 
-    def _create(self, arguments: Mapping[str, Any]) -> Any:
+    def create(self, arguments: Mapping[str, Any]) -> Any:
+        """The model with these arguments; a recipe for models that have no name overrides it."""
         import timm
 
         import vishub  # noqa: F401  registers our architectures
@@ -94,7 +95,7 @@ class VideoPredictionRecipe(Recipe):
         return {'model': self.model_name, 'model_args': self.model_args, 'data': self.data.name}
 
     def build_model(self) -> nn.Module:
-        return self._create({**self.model_args, **self.shape_args})
+        return self.create({**self.model_args, **self.shape_args})
 
     def train_set(self) -> TrainingClips:
         assert self.data.train is not None
