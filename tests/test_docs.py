@@ -21,7 +21,10 @@ def blocks(page, language):
 
 
 def commands(page):
-    """Words behind `vishub` of every command in a page's shell blocks; variables before it are dropped."""
+    """Words behind `vishub` of every command in a page's shell blocks; variables before it are dropped.
+
+    Launchers (`torchrun … -m vishub.cli`) count, too.
+    """
     for block in blocks(page, 'sh'):
         for line in block.replace('\\\n', ' ').splitlines():
             words = shlex.split(line, comments=True)
@@ -29,6 +32,8 @@ def commands(page):
                 del words[0]
             if words[:1] == ['vishub']:
                 yield words[1:]
+            elif 'vishub.cli' in words:
+                yield words[words.index('vishub.cli') + 1:]
 
 
 def parse(words):
@@ -64,6 +69,30 @@ def test_the_check_of_commands_finds_what_is_wrong():
         with pytest.raises(Exception, match=message):
             parse(words)
     assert list(commands(ROOT / 'docs' / 'fine-tune.md'))[-1] == ['demo']
+    assert all(words[0] in ('train', 'predict') for words in commands(ROOT / 'docs' / 'distributed.md'))
+    assert len(list(commands(ROOT / 'docs' / 'distributed.md'))) == 8
+
+
+def parse_launch(words):
+    """Parse the words behind `torchrun` or `accelerate launch` as these do, and start nothing."""
+    if words[0] == 'torchrun':
+        run = pytest.importorskip('torch.distributed.run')
+        return run.get_args_parser().parse_args(words[1:])
+    launch = pytest.importorskip('accelerate.commands.launch')
+    return launch.launch_command_parser().parse_args(words[2:])
+
+
+def test_launchers_parse():
+    lines = [
+        shlex.split(line, comments=True) for block in blocks(ROOT / 'docs' / 'distributed.md', 'sh')
+        for line in block.replace('\\\n', ' ').splitlines()]
+    assert {line[0] for line in lines} == {'torchrun', 'accelerate'}
+    for line in lines:
+        parsed = parse_launch(line)
+        assert parsed.module and parsed.training_script == 'vishub.cli', line
+        assert parsed.training_script_args == line[line.index('vishub.cli') + 1:]
+    with pytest.raises(SystemExit):
+        parse_launch(['torchrun', '--no-such-option', '-m', 'vishub.cli'])
 
 
 # Only `make test-interop` installs these, and runs what that page says.

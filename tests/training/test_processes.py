@@ -128,6 +128,10 @@ def two(tmp_path_factory):
             train(t.make_recipe(), t.make_config(folder / 'file' / 'run'))
         except InputError as error:
             facts['error'] = str(error)
+        try:
+            train(t.make_recipe(), t.make_config(folder / f'of machine {rank}'))
+        except InputError as error:
+            facts['apart'] = str(error)
         (folder / f'facts{rank}.json').write_text(json.dumps(facts))
     '''))
     errors = torchrun(str(script), folder)
@@ -170,6 +174,13 @@ def test_processes_agree_and_share_validation(two):
 def test_an_error_of_the_main_process_reaches_all(two):
     _, facts, _ = two
     assert 'cannot be written' in facts[0]['error'] and facts[0]['error'] == facts[1]['error']
+
+
+def test_a_folder_that_the_machines_do_not_share_is_refused(two):
+    folder, facts, _ = two
+    for rank in (0, 1):
+        assert f"'{folder / f'of machine {rank}'}' is not the same one for all" in facts[rank]['apart']
+    assert list((folder / 'of machine 0').iterdir()) == []
 
 
 def test_one_process_needs_no_group():

@@ -79,6 +79,12 @@ def split(tmp_path_factory):
         train(t.make_recipe(), t.make_split_config(folder / 'parts', batch_size=4, max_steps=5))
         train(t.make_recipe(), t.make_split_config(folder / 'parts', batch_size=4, max_steps=8))
         parts = train(t.make_recipe(), t.make_split_config(folder / 'parts', batch_size=4))
+        # continued without FSDP, and with it again
+        train(t.make_recipe(), t.make_split_config(folder / 'mixed', batch_size=4, max_steps=4))
+        os.environ['ACCELERATE_USE_FSDP'] = 'false'
+        train(t.make_recipe(), t.make_split_config(folder / 'mixed', batch_size=4, max_steps=8))
+        os.environ['ACCELERATE_USE_FSDP'] = 'true'
+        train(t.make_recipe(), t.make_split_config(folder / 'mixed', batch_size=4))
         facts['resumed'] = all(
             torch.equal(value, parts.model.state_dict()[key]) for key, value in whole.model.state_dict().items())
         facts['plain'] = not any(isinstance(p, DTensor) for p in whole.model.parameters())
@@ -136,6 +142,14 @@ def test_split_run_resumes_bit_identical(split):
     tensors, others = (load_checkpoint(folder / name / 'checkpoint.safetensors')[0] for name in ('whole', 'parts'))
     for part, named in tensors.items():
         assert all(torch.equal(value, others[part][name]) for name, value in named.items()), part
+
+
+def test_checkpoints_of_split_and_whole_runs_are_the_same(split):
+    folder, _ = split
+    tensors, others = (load_checkpoint(folder / name / 'checkpoint.safetensors')[0] for name in ('whole', 'mixed'))
+    for part, named in tensors.items():
+        for name, value in named.items():
+            assert torch.allclose(value, others[part][name], rtol=0, atol=1e-4), f'{part}/{name} differs'
 
 
 def test_half_precision_keeps_whole_precision_weights(split):

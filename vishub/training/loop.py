@@ -33,7 +33,7 @@ from vishub.training.checkpoint import load_checkpoint, load_optimizer, optimize
 from vishub.training.config import TrainConfig
 from vishub.training.logs import check_trackers, draw_curves, duration, open_log, start_trackers, write_csv
 from vishub.training.optimisation import make_average, make_optimizer, make_schedule, peak_lr
-from vishub.training.output import checkpoint_bytes, rehearse, require_space
+from vishub.training.output import checkpoint_bytes, rehearse, require_shared, require_space
 from vishub.training.processes import average, broadcast, on_main, seed_step, sync_buffers
 from vishub.training.recipe import Recipe, SampleKey
 from vishub.training.sharding import Sharding, gather, make_sharding
@@ -96,11 +96,11 @@ def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
     validation), `log.csv` (a row an epoch), `training.log` and `learning_curves.png` to the output folder, before it
     trains the recipe's preview as `augmentation.png`, and at the end what the recipe's `finish` stores.
     Prints a line an epoch to stderr: loss, validation metric, time left. Works under plain `python`, `accelerate
-    launch` and `torchrun`.
+    launch` and `torchrun`, and splits weights and optimizer state where Accelerate is configured for FSDP.
 
     Raises:
-        InputError: If the output folder cannot be written, the checkpoint there belongs to other options, or the
-            data is too small for one batch.
+        InputError: If the output folder cannot be written or is not shared by all processes, the checkpoint there
+            belongs to other options, the data is too small for one batch, or FSDP cannot split the model.
         MissingExtraError: If accelerate, or a tracker's package, is not installed.
         FloatingPointError: If the loss is not finite.
     """
@@ -122,6 +122,7 @@ def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
         if sharding is not None and config.channels_last:
             raise InputError('FSDP cannot split weights in channels-last order: leave channels_last out')
         on_main(lambda: rehearse(output))
+        require_shared(output)
         return _Run(recipe, config, output, accelerator, sharding).train()
     finally:
         accelerator.free_memory()

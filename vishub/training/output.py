@@ -1,4 +1,5 @@
 """Whether a run will be able to store its results: asked before it trains, not after."""
+import secrets
 import shutil
 from pathlib import Path
 from typing import Iterable
@@ -8,8 +9,9 @@ from torch import nn
 
 from vishub.errors import InputError
 from vishub.files import atomic_path
+from vishub.training.processes import average, broadcast, on_main, rank_and_world
 
-__all__ = ['checkpoint_bytes', 'rehearse', 'require_space']
+__all__ = ['checkpoint_bytes', 'rehearse', 'require_shared', 'require_space']
 
 
 def rehearse(output: Path) -> None:
@@ -24,6 +26,24 @@ def rehearse(output: Path) -> None:
         (output / 'rehearsal.txt').unlink()
     except OSError as error:
         raise InputError(f"output folder '{output}' cannot be written: {error}") from error
+
+
+def require_shared(output: Path) -> None:
+    """See that every process has the same `output`: a run on several machines needs a folder that they share.
+
+    Raises:
+        InputError: If a process does not see what the main process writes there; on every process.
+    """
+    if rank_and_world()[1] == 1:
+        return
+    name = broadcast(f'.rehearsal-{secrets.token_hex(8)}')
+    on_main(lambda: (output / name).touch())
+    seen = float(average(torch.tensor(float((output / name).exists()))))
+    on_main(lambda: (output / name).unlink())
+    if seen < 1:
+        raise InputError(
+            f"output folder '{output}' is not the same one for all processes: on several machines it must lie on a "
+            'disk that they share, under the same name')
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
