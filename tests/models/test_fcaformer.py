@@ -10,6 +10,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from tests.models.official_weights import load_case
+from vishub import catalog
 from vishub.models import fcaformer
 from vishub.models.fcaformer import FcaAttention, FcaBlock, FcaFormer, checkpoint_filter_fn
 
@@ -425,8 +426,10 @@ def test_bad_input(small, shape, message):
         small.forward_intermediates(images(*shape))
 
 
-def test_no_weights_are_claimed():
-    assert not any(cfg.has_weights for default in fcaformer.default_cfgs.values() for cfg in default.cfgs.values())
+def test_only_weights_trained_here_are_claimed():
+    claimed = {f'{name}.{tag}' for name, default in fcaformer.default_cfgs.items()
+               for tag, cfg in default.cfgs.items() if cfg.has_weights}
+    assert claimed == {row.name for row in catalog.weights() if row.name.startswith('fcaformer')}
     with pytest.raises(RuntimeError):
         timm.create_model('fcaformer_l2', pretrained=True)
 
