@@ -37,6 +37,7 @@ Output = TypeVar('Output')
 # task -> (module, class), imported when first asked for. A task joins by one line here.
 _PIPELINES: Dict[str, Tuple[str, str]] = {
     'classification': ('vishub.tasks.classification.pipeline', 'ClassificationPipeline'),
+    'deblurring': ('vishub.tasks.deblurring.pipeline', 'DeblurringPipeline'),
     'generation': ('vishub.tasks.generation.pipeline', 'GenerationPipeline'),
     'video_prediction': ('vishub.tasks.video_prediction.pipeline', 'VideoPredictionPipeline'),
 }

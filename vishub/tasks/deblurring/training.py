@@ -44,6 +44,10 @@ def deblurring_loss(output: DeblurOutput, sharp: torch.Tensor, fourier_weight: f
     return loss
 
 
+# Pictures of the test split that are measured when training has ended, evenly spread.
+NUM_TEST = 50
+
+
 class DeblurringRecipe(Recipe):
     """Random crops of pairs, or of photographs that are shaken on the fly; PSNR on the validation split.
 
@@ -180,8 +184,8 @@ class DeblurringRecipe(Recipe):
             },
         }
         if self.data.test is not None or self.data.val is not None:
-            report = evaluate([str(folder)], self.data)
-            metrics.update({key: report[key] for key in ('split', 'num_test', 'metrics')})
+            report = evaluate([str(folder)], self.data, limit=NUM_TEST, device=str(next(model.parameters()).device))
+            metrics.update({key: report[key] for key in ('split', 'num_test', 'metrics', 'peers', 'report')})
             save_sheet([str(folder)], self.data, folder / 'samples.png')
         save_folder(
             model, folder, metrics=metrics, model_args=arguments, card=card_entry(folder.name, self.data))
