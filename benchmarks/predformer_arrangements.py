@@ -4,8 +4,8 @@
 
 Same data, order, recipe and steps for all: the tiny form with 12 blocks (layers of one, two, three and four units
 divide that), one cycle of the learning rate as in the card of predformer_tiny. The peer has about as many parameters as
-predformer_tiny itself, which has 6 blocks; `--blocks 6` compares at that size (quads then have 4). Each run resumes from
-its own folder, so the same command goes on where it was stopped, and a finished run is not repeated. The table, in
+predformer_tiny itself, which has 6 blocks; `--blocks 6` compares at that size (quads then have 4). Each run resumes
+from its own folder, so the same command goes on where it was stopped, and a finished run is not repeated. The table, in
 `--output`, is written anew after every run and says which are missing.
 """
 import argparse
