@@ -24,7 +24,9 @@ __all__ = [
 def full_precision(x: torch.Tensor) -> ContextManager:
     """Similarities decide which tokens go: keep autocast from computing them in half precision."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    if x.is_meta or not torch.is_autocast_enabled(device):  # the meta device has no autocast to ask for
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
