@@ -124,6 +124,8 @@ def two(tmp_path_factory):
         train(t.make_recipe(), t.make_config(folder / 'resumed', batch_size=4, max_steps=5))
         resumed = train(t.make_recipe(), t.make_config(folder / 'resumed', batch_size=4))
         facts['resumed'] = torch.equal(resumed.model.head.weight, result.model.head.weight)
+        facts['auto'] = train(
+            t.make_recipe(), t.make_config(folder / 'auto', batch_size=4, device='auto', resolution=((16, 1),))).step
         try:
             train(t.make_recipe(), t.make_config(folder / 'file' / 'run'))
         except InputError as error:
@@ -169,6 +171,12 @@ def test_processes_agree_and_share_validation(two):
     assert facts[0]['seen'] == facts[1]['seen'] == [11, 11, 11]  # of 21 images, three epochs
     assert errors.count('64 samples, 3 epochs') == 3  # the main process alone speaks, in each of three runs
     assert facts[0]['resumed'] and facts[1]['resumed']
+
+
+def test_processes_find_each_other_where_the_device_is_left_open(two):
+    _, facts, errors = two
+    assert facts[0]['auto'] == facts[1]['auto'] == 4  # 64 images, 2 x 4 x 2 a step
+    assert errors.count('64 samples, 1 epochs') == 1
 
 
 def test_an_error_of_the_main_process_reaches_all(two):

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -115,9 +116,15 @@ def train(recipe: Recipe, config: TrainConfig) -> TrainResult:
     # the others wait while the main process evaluates and stores the weights
     patience = accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=3))
     accelerator = accelerate.Accelerator(
-        mixed_precision=config.amp, cpu=config.device == 'cpu', kwargs_handlers=[patience],
-        log_with=list(config.tracker) or None, project_dir=str(output))
+        # said, because Accelerate would let each process train for itself on a machine that has nothing but CPUs
+        mixed_precision=config.amp, cpu=config.device == 'cpu' or not torch.accelerator.is_available(),
+        kwargs_handlers=[patience], log_with=list(config.tracker) or None, project_dir=str(output))
     try:
+        started = int(os.environ.get('WORLD_SIZE', 1))
+        if accelerator.num_processes != started:
+            raise InputError(
+                f'{started} processes were started, but on {accelerator.device} each would train for itself; '
+                'start one, or train on the CPU (device cpu)')
         sharding = make_sharding(accelerator)
         if sharding is not None and config.channels_last:
             raise InputError('FSDP cannot split weights in channels-last order: leave channels_last out')
