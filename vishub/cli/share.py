@@ -21,8 +21,9 @@ def convert_command(
     from vishub.hub.convert import convert
 
     done = convert(name, checkpoint, output)
+    classes = f', {done.num_classes} classes' if done.num_classes else ''
     taken = f' (entry {done.entry})' if done.entry else ''
-    typer.echo(f'{done.architecture}, {done.num_classes} classes{taken}: {done.folder}')
+    typer.echo(f'{done.architecture}{classes}{taken}: {done.folder}')
     typer.echo(f'licence of the weights: {done.licence}')
 
 
