@@ -169,6 +169,24 @@ def test_attention_by_its_definition():
     assert isinstance(Attention(12, 1, 8).proj, nn.Linear) and isinstance(Attention(12, 2, 6).proj, nn.Linear)
 
 
+def test_bfloat16_training_on_a_cpu_has_the_plain_gradients():
+    torch.manual_seed(0)
+    attn = Attention(32, 2, 16)
+    x = torch.randn(3, 9, 32)
+    gradients = []
+    for enabled in (False, True):
+        attn.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            out = attn(x)
+        assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+        out.float().square().sum().backward()
+        gradients.append(attn.qkv.weight.grad.clone())
+    plain, half = gradients
+    assert (half - plain).norm() < 0.03 * plain.norm()
+    model = attn.to(torch.bfloat16)  # without autocast, too
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+
+
 @torch.no_grad()
 def test_layer_skip():
     model, skipping = tiny('triplet_sts'), tiny('triplet_sts', layer_skip=True)

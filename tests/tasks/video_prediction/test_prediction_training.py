@@ -46,6 +46,7 @@ def test_recipe_normalises_and_learns_the_wave(measurements, tmp_path):
     assert given.shape == future.shape == (2, 4, 1, 8, 16)
     np.testing.assert_allclose(given[1, 0].numpy() * 7 + 280, measurements.train.clip(5)[0], rtol=1e-5)
 
+    assert recipe.preview(8).size == (8 * 18, 6 * 10)
     torch.manual_seed(0)
     result = train(recipe, TrainConfig(
         output=tmp_path / 'run', resolution=((8, 25),), batch_size=8, lr=3e-3, min_lr=1e-8, warmup=0.3,
@@ -100,7 +101,8 @@ def test_command_line_trains_resumes_predicts_and_evaluates(digits, tmp_path, mo
 
     np.save(tmp_path / 'clip.npy', np.zeros((20, 32, 32), np.uint8))
     results = json.loads(call(
-        'predict', f'local-dir:{folder}', tmp_path / 'clip.npy', '--option', 'horizon=11', '--json', '--output', tmp_path / 'out'))
+        'predict', f'local-dir:{folder}', tmp_path / 'clip.npy', '--option', 'horizon=11', '--json',
+        '--output', tmp_path / 'out'))
     assert results[0]['num_predicted'] == 11
     assert sorted(path.suffix for path in (tmp_path / 'out').iterdir()) == ['.gif', '.json', '.npy', '.png']
 

@@ -6,6 +6,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Union
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from vishub import catalog
@@ -100,6 +101,17 @@ class VideoPredictionRecipe(Recipe):
     def train_set(self) -> TrainingClips:
         assert self.data.train is not None
         return TrainingClips(self.data.train)
+
+    def preview(self, side: int) -> Optional[Image.Image]:
+        """Six training clips as strips, each from its lowest to its highest value, so that measurements show too."""
+        clips = self.train_set()
+        chosen = np.random.default_rng(0).permutation(len(clips))[:6]
+        rows = []
+        for index in chosen:
+            clip = as_float(clips[0, int(index), side])[:, :1]  # the first channel
+            clip = (clip - clip.min()) / (clip.max() - clip.min()).clamp_min(1e-12)
+            rows.append(F.pad(clip, (1, 1, 1, 1), value=0.5).permute(1, 2, 0, 3).flatten(2)[0])  # H, T * W
+        return Image.fromarray((255 * torch.cat(rows)).round().byte().numpy())
 
     def prepare(self, batch: torch.Tensor, side: int, training: bool) -> Tuple[torch.Tensor, torch.Tensor]:
         """Clips (B, 2T, C, H, W) -> the first T frames and the last T, normalised."""
