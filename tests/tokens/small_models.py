@@ -15,7 +15,7 @@ from vishub.models.nvit import NViT, uniform_dims
 _SIZES = dict(img_size=64, patch_size=16, embed_dim=64, depth=3, num_heads=2, num_classes=7)
 # timm 1.0.20 does not have it yet
 _QK_NORM = {'qk_norm': True} if 'qk_norm' in inspect.signature(Eva).parameters else {}
-_DIMS = dict(EMB=64, head=[2, 1, 3], QK=[16, 24, 8], V=[24, 32, 16], MLP=[96, 128, 64])
+DIMS = dict(EMB=64, head=[2, 1, 3], QK=[16, 24, 8], V=[24, 32, 16], MLP=[96, 128, 64])
 
 FAMILIES: Dict[str, Callable[[], nn.Module]] = {
     'vit': lambda: VisionTransformer(**_SIZES),
@@ -34,7 +34,7 @@ FAMILIES: Dict[str, Callable[[], nn.Module]] = {
         qkv_fused=False, norm_layer=RmsNorm, **_QK_NORM),
     'beit': lambda: Beit(**_SIZES, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1),
     'beit_shared': lambda: Beit(**_SIZES, use_shared_rel_pos_bias=True, global_pool='token'),
-    'nvit': lambda: NViT(img_size=64, num_classes=7, dims=_DIMS, attn_scale=0.2),
+    'nvit': lambda: NViT(img_size=64, num_classes=7, dims=DIMS, attn_scale=0.2),
     'nvit_plain': lambda: NViT(
         img_size=64, num_classes=7, dims=uniform_dims(64, 3, 2, 32, 128), distilled=False, token_scale=False,
         global_pool='avg'),

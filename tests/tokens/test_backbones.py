@@ -6,11 +6,15 @@ import threading
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import (
+    ParallelScalingBlock, ResPostBlock, VisionTransformer, checkpoint_filter_fn)
 
-from tests.tokens.small_models import FAMILIES, images, small_model
+from tests.tokens.small_models import DIMS, FAMILIES, images, small_model
 from vishub import tokens
 from vishub.errors import InputError
+from vishub.models.nvit import NViT
 
 ALL = list(FAMILIES)
 CONFIGS = {
@@ -199,6 +203,55 @@ def test_any_image_size():
         model(torch.randn(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize('method, config', [
+    ('tome', dict(r=3)), ('zero_tprune', dict(keep={0: 0.6})), ('token_transforming', dict(keep={0: 0.6}))])
+@pytest.mark.parametrize('name', ['eva02', 'eva_rope_mixed', 'nvit'])
+def test_positions_of_other_image_sizes(name, method, config):
+    """Rotary rows and scales are made for the picture at hand; with reduction off it is timm's forward there too."""
+    x = torch.randn(2, 3, 96, 48)
+    if name == 'nvit':
+        model = NViT(img_size=64, num_classes=7, dims=DIMS, attn_scale=0.2, dynamic_img_size=True).eval()
+    else:
+        torch.manual_seed(0)
+        mixed = dict(attn_type='rope', rope_type='mixed', num_reg_tokens=2) if name == 'eva_rope_mixed' else {}
+        model = Eva(img_size=64, patch_size=16, embed_dim=64, depth=3, num_heads=2, use_rot_pos_emb=True,
+                    dynamic_img_size=True, **mixed).eval()
+    with torch.inference_mode():
+        logits = model(x)
+        torch.testing.assert_close(tokens.apply(model, 'tome', r=0)(x), logits, rtol=1e-5, atol=1e-5)
+        tokens.apply(model, method, **config)
+        with tokens.trace(model) as traces:
+            alone = model(x[:1])
+        torch.testing.assert_close(model(x)[:1], alone, rtol=1e-4, atol=1e-5)
+        maps = model.forward_intermediates(x, 1, intermediates_only=True)
+    prefix = model.num_prefix_tokens
+    assert traces[0].counts[0][1] - prefix == (15 if method == 'tome' else 11) and traces[0].grid == (6, 3)
+    assert maps[0].shape == (2, 64, 6, 3)
+
+
+@pytest.mark.parametrize('method', ['tome', 'zero_tprune', 'token_transforming', 'pyra'])
+def test_published_checkpoints_load_by_timms_own_loader(method, tmp_path):
+    """Facebook's DeiT files say {'model': ...}; timm resamples position embeddings of another size on the way."""
+    model, source = small_model('deit_distilled'), small_model('deit_distilled')
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.mul_(1.25)
+    torch.save({'model': source.state_dict()}, tmp_path / 'deit.pth')
+    strict = method != 'pyra'  # which has parameters of its own
+    config = dict(r=3) if method in ('tome', 'pyra') else dict(keep={0: 0.7})
+    tokens.apply(model, method, **config)
+    timm.models.load_checkpoint(model, str(tmp_path / 'deit.pth'), strict=strict)
+    with torch.inference_mode():
+        torch.testing.assert_close(tokens.remove(model)(images()), source(images()))
+        larger = VisionTransformerDistilled(
+            img_size=96, patch_size=16, embed_dim=64, depth=3, num_heads=2, num_classes=7).eval()
+        tokens.apply(larger, method, **config)
+        timm.models.load_checkpoint(
+            larger, str(tmp_path / 'deit.pth'), strict=strict, filter_fn=checkpoint_filter_fn)
+        torch.testing.assert_close(larger.head.weight, source.head.weight)
+        assert larger(images(size=96)).isfinite().all()
+
+
 def test_what_cannot_be_reduced_is_refused():
     sizes = dict(img_size=64, patch_size=16, embed_dim=64, depth=1, num_heads=2)
     for block in (ResPostBlock, ParallelScalingBlock):
@@ -213,6 +266,10 @@ def test_what_cannot_be_reduced_is_refused():
 
     with pytest.raises(InputError, match='its own forward_features'):
         tokens.apply(Patched(**sizes), 'tome', r=1)
+    hooked = VisionTransformer(**sizes)
+    hooked.forward = lambda x: x  # another library's patch of this one object
+    with pytest.raises(InputError, match='its own forward .another patch'):
+        tokens.apply(hooked, 'tome', r=1)
     with pytest.raises((InputError, AssertionError), match='Prr|^$'):  # timm 1.0.20 refuses it itself, without a word
         tokens.apply(VisionTransformer(**sizes, global_pool='prr'), 'tome', r=1)
     model = tokens.apply(small_model('vit'), 'tome', r=1)

@@ -6,6 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tests.tokens.small_models import images, small_model
 from vishub import tokens
+from vishub.errors import InputError
 from vishub.tokens.functional import bipartite_matching, merge, similarity, take_rows, transform, transform_matrix
 
 METHODS = {
@@ -112,3 +113,19 @@ def test_views_of_timm_keep_working():
         assert model(x).shape == (2, 3)
         model.prune_intermediate_layers(1)
         assert model(x).shape[1:] == (9, 64)
+
+
+def test_head_alone_of_images_of_any_size():
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=64, patch_size=16, embed_dim=64, depth=3, num_heads=2, num_classes=7,
+                              class_token=False, global_pool='avg', dynamic_img_size=True).eval()
+    larger = images(size=96)
+    with torch.inference_mode():
+        expected = model(larger)
+        tokens.apply(model, 'tome', r=0)
+        torch.testing.assert_close(model.forward_head(model.forward_features(larger)), expected)
+        tokens.apply(model, 'tome', r=[8])  # 28 tokens could be any picture's own
+        with pytest.raises(InputError, match='size='):
+            model.forward_head(model.forward_features(larger))
+        tokens.apply(model, 'uniform', keep={0: 0.5})
+        assert model.forward_head(model.forward_features(larger)).shape == (2, 7)

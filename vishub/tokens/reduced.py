@@ -136,15 +136,35 @@ class ReducedModel:
             InputError: If tokens were merged, the head averages them and `size` is not given: the mean would be
                 another one than that of `forward`.
         """
+        pool = self.global_pool
+        if size is None and getattr(self, 'attn_pool', None) is None and pool in ('avg', 'avgmax') \
+                and self._may_have_merged(x.shape[1]):
+            raise InputError(f'forward_head: global_pool={pool!r} has to weight merged tokens by their size; call '
+                             'the model, or pass size= (Trace.sizes() of the same forward)')
+        return self._pool_and_classify(x, size, pre_logits)
+
+    def _may_have_merged(self, tokens: int) -> bool:
+        """Whether `tokens` that come out of the blocks may stand for more that went in."""
+        method, layout = self._token_reduction.method, self._token_reduction.backbone.layout(self)
+        if not method.merges:
+            return False
+        if layout.fixed:
+            return tokens != layout.tokens
+        many = 1 << 20  # of images of any size: does a block make anything of a long sequence?
+        return any(method.count(layer, many) < many for layer in range(layout.depth))
+
+    def _pool_and_classify(
+            self,
+            x: torch.Tensor,
+            size: Optional[torch.Tensor],
+            pre_logits: bool = False,
+    ) -> torch.Tensor:
+        """`forward_head` of tokens whose sizes are known; None: all are 1."""
+        if size is None:
+            return super().forward_head(x, pre_logits=pre_logits)
         reduction = self._token_reduction
         prefix, pool = reduction.layout.prefix, self.global_pool
         attn_pool = getattr(self, 'attn_pool', None)
-        if size is None:
-            merged = reduction.method.merges and x.shape[1] != reduction.backbone.layout(self).tokens
-            if merged and attn_pool is None and pool in ('avg', 'avgmax'):
-                raise InputError(f'forward_head: global_pool={pool!r} has to weight merged tokens by their size; call '
-                                 'the model, or pass size= (Trace.sizes() of the same forward)')
-            return super().forward_head(x, pre_logits=pre_logits)
         if attn_pool is not None:
             if not reduction.method.prop_attn:
                 return super().forward_head(x, pre_logits=pre_logits)
@@ -173,7 +193,7 @@ class ReducedModel:
             is_causal: bool = False,
     ) -> torch.Tensor:
         x, size = self._features(x, attn_mask, is_causal)
-        return self.forward_head(x, size=size)
+        return self._pool_and_classify(x, size)
 
     def forward_intermediates(
             self,
