@@ -8,8 +8,7 @@ import timm
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
-from timm.models.vision_transformer import (
-    ParallelScalingBlock, ResPostBlock, VisionTransformer, checkpoint_filter_fn)
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer, checkpoint_filter_fn
 
 from tests.tokens.small_models import DIMS, FAMILIES, images, small_model
 from vishub import tokens
