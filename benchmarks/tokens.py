@@ -293,9 +293,8 @@ def save(rows: List[Dict[str, Any]], parts: List[Dict[str, Any]], setting: Dict[
     for batch in sorted({row['batch'] for row in rows}):
         lines += [f'## Batch {batch}', '', table(rows, batch)]
     if parts:
-        lines += ['## Where the time goes', '',
-                  f'Milliseconds of a forward of {setting["parts_batch"]} images, each the median of three on its own.', '',
-                  parts_table(parts)]
+        told = f'Milliseconds of a forward of {setting["parts_batch"]} images, each the median of three on its own.'
+        lines += ['## Where the time goes', '', told, '', parts_table(parts)]
     lines += [f'![Speed beside the oracle\'s]({stem}.png)', '']
     with atomic_path(folder / f'{stem}.md') as path:
         path.write_text('\n'.join(lines), encoding='utf-8')
