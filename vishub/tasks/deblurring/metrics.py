@@ -41,7 +41,7 @@ def figures(result: np.ndarray, sharp: np.ndarray) -> Dict[str, float]:
         MissingExtraError: If torchmetrics is not installed (extra `train`).
     """
     functional = import_extra('torchmetrics.functional.image', 'train')
-    x, y = (torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].double() / 255
+    x, y = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None].double() / 255
             for image in (result, sharp))
     return {
         'psnr': float(functional.peak_signal_noise_ratio(x, y, data_range=1.)),
@@ -59,7 +59,7 @@ def _lpips() -> Optional[Callable[[np.ndarray, np.ndarray], float]]:
         return None
 
     def measure(result: np.ndarray, sharp: np.ndarray) -> float:
-        x, y = (torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        x, y = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
                 for image in (result, sharp))
         with torch.inference_mode():
             return float(distance(x, y))

@@ -124,19 +124,32 @@ def read_photo(image: ImageInput) -> Photo:
     if isinstance(image, Image.Image):
         checked = decode_image(image)
         return _from_pil(image, b'', checked.source, checked.warnings)
-    source: Optional[str] = None
-    if isinstance(image, (str, os.PathLike)):
-        # decoding says what is wrong; a file that changes in between is the user's business
-        checked = decode_image(image)
-        source = os.fspath(image)
-        content = Path(source).read_bytes()
-    else:
-        content = image if isinstance(image, bytes) else bytes(image.read() if hasattr(image, 'read') else image)
-        source = getattr(image, 'name', None)
+    source = image if isinstance(image, (str, os.PathLike)) else getattr(image, 'name', None)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        content = bytes(image)
         checked = decode_image(content)
+    elif callable(getattr(image, 'read', None)):
+        kept = _Kept(image)
+        checked = decode_image(kept)  # says what is wrong with the file object
+        content = kept.content
+    else:
+        checked = decode_image(image)  # says what is wrong with the path, or with what is none
+        content = Path(os.fsdecode(image)).read_bytes()
+    source = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else None
     with Image.open(io.BytesIO(content)) as opened:
         opened.load()
-        return _from_pil(opened, content, source if isinstance(source, str) else None, checked.warnings)
+        return _from_pil(opened, content, source, checked.warnings)
+
+
+class _Kept:
+    """A file object that keeps what was read from it."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.content = file, b''
+
+    def read(self) -> Any:
+        self.content = self.file.read()
+        return self.content
 
 
 def _stored_array(values: Union[np.ndarray, torch.Tensor]) -> np.ndarray:
@@ -154,10 +167,7 @@ def _from_pil(image: Image.Image, content: bytes, source: Optional[str], warning
     info = dict(image.info)
     metadata = {key: info[key] for key in ('exif', 'icc_profile', 'dpi', 'xmp') if info.get(key)}
     if 'exif' not in metadata and (exif := image.getexif()):
-        if image.format == 'TIFF':  # its tags are all EXIF to Pillow; those of the pixels' layout are not ours
-            metadata['exif'] = exif.tobytes()
-        else:
-            metadata['exif'] = exif.tobytes()
+        metadata['exif'] = exif.tobytes()
     if image.format == 'PNG' and (text := getattr(image, 'text', None)):
         from PIL.PngImagePlugin import PngInfo
 
