@@ -8,8 +8,10 @@ the median of the rounds' ratios (training form / deployed form); each ratio is 
 """
 import argparse
 import json
+import shlex
 import statistics
 import sys
+from pathlib import Path
 from typing import Any, Dict
 
 import timm
@@ -19,6 +21,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 import vishub  # noqa: F401  (registers the models)
+from vishub.files import atomic_path
 
 MODELS = ('fmvit_tiny', 'fmvit_small', 'fmvit_medium', 'fmvit_base', 'fmvit_large')
 
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    parser.add_argument('--output', type=Path, help='folder for reparameterization_cpu.md and .json')
     args = parser.parse_args()
     if args.rounds < 1 or args.threads < 1 or min(args.batch) < 1:
         parser.error('--rounds, --threads and --batch must be at least 1')
@@ -106,16 +110,24 @@ def main() -> None:
     if args.json:
         print(json.dumps({'setting': setting, 'results': rows}, indent=2))
         return
-    print(', '.join(f'{key} {value}' for key, value in setting.items()))
-    print('| model | batch | params (M) training -> deployed | ms training | ms deployed | ratio (lowest..highest) |')
-    print('|---|---|---|---|---|---|')
+    lines = [
+        '# Merged branches: FMViT as trained against as deployed', '',
+        ', '.join(f'{key} {value}' for key, value in setting.items()) + '.', '',
+        f'Made by `python benchmarks/reparameterization.py {shlex.join(sys.argv[1:])}`.', '',
+        '| model | batch | params (M) training -> deployed | ms training | ms deployed | ratio (lowest..highest) |',
+        '|---|---|---|---|---|---|']
     for row in rows:
-        print(
+        lines.append(
             f"| {row['model']} | {row['batch']} "
             f"| {row['params_training'] / 1e6:.2f} -> {row['params_deployed'] / 1e6:.2f} "
             f"| {row['ms_training']:.1f} | {row['ms_deployed']:.1f} "
-            f"| {row['ratio']:.2f} ({row['ratio_lowest']:.2f}..{row['ratio_highest']:.2f}) |"
-        )
+            f"| {row['ratio']:.2f} ({row['ratio_lowest']:.2f}..{row['ratio_highest']:.2f}) |")
+    text = '\n'.join(lines) + '\n'
+    print(text, end='')
+    if args.output:
+        for suffix, content in (('md', text), ('json', json.dumps({'setting': setting, 'results': rows}, indent=2))):
+            with atomic_path(args.output / f'reparameterization_cpu.{suffix}') as path:
+                path.write_text(content, encoding='utf-8')
 
 
 if __name__ == '__main__':
