@@ -2,6 +2,7 @@
 import collections
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -86,3 +87,22 @@ def test_attention_is_fused_but_where_its_matrix_is_needed(name, method, materia
     prefix = model.num_prefix_tokens
     if not materialised and name != 'beit':  # whose bias has this shape
         assert not any(shape[-2:] == (16 + prefix,) * 2 for shape in counter.shapes), 'a whole attention matrix'
+
+
+@pytest.mark.parametrize('name', [
+    'vit_small_patch16_224', 'deit_small_distilled_patch16_224', 'deit3_small_patch16_224',
+    'vit_small_patch14_reg4_dinov2', 'vit_base_patch16_clip_224', 'vit_base_patch16_siglip_224',
+    'eva02_tiny_patch14_224', 'eva02_base_patch16_clip_224', 'beit_base_patch16_224', 'vit_small_patch16_dinov3',
+    'vit_small_patch16_rope_mixed_ape_224'])
+def test_published_architectures(name):
+    """At full size, without a weight in memory."""
+    if name not in timm.list_models():
+        pytest.skip(f'timm {timm.__version__} does not have it')
+    with torch.device('meta'):
+        model = timm.create_model(name).eval()
+    full = tokens.macs(model).total
+    for method in ('tome', 'zero_tprune'):
+        tokens.apply(model, method, macs=0.65)
+        assert 0.6 * full < tokens.macs(model).total <= 0.65 * full
+        with torch.inference_mode():
+            assert model(torch.empty(2, *model.pretrained_cfg['input_size'], device='meta')).shape[0] == 2
