@@ -761,6 +761,6 @@ def dit_xl_2_512(pretrained: bool = False, **kwargs: Any) -> DiffusionTransforme
 @register_model
 def dit_small28(pretrained: bool = False, **kwargs: Any) -> DiffusionTransformer:
     """In pixel space, for grey 28-pixel pictures in [-1, 1]: 49 tokens of width 128."""
-    model_args = dict(
-        img_size=28, in_chans=1, patch_size=4, embed_dim=128, depth=6, num_heads=4, num_classes=10, label_init_std=1.)
+    # channels and classes come from the configuration, so that weights of other data can have others
+    model_args = dict(img_size=28, patch_size=4, embed_dim=128, depth=6, num_heads=4, label_init_std=1.)
     return _create_dit('dit_small28', pretrained, **dict(model_args, **kwargs))

@@ -564,8 +564,8 @@ def lit_xl_2_512(pretrained: bool = False, **kwargs: Any) -> LinearDiffusionTran
 @register_model
 def lit_small28(pretrained: bool = False, **kwargs: Any) -> LinearDiffusionTransformer:
     """In pixel space, for grey 28-pixel pictures in [-1, 1]: 49 tokens of width 128."""
-    model_args = dict(
-        img_size=28, in_chans=1, patch_size=4, embed_dim=128, depth=6, num_heads=1, num_classes=10, label_init_std=1.)
+    # channels and classes come from the configuration, so that weights of other data can have others
+    model_args = dict(img_size=28, patch_size=4, embed_dim=128, depth=6, num_heads=1, label_init_std=1.)
     return _create_lit('lit_small28', pretrained, **dict(model_args, **kwargs))
 
 

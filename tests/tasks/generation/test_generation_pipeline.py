@@ -241,6 +241,7 @@ def test_texts_make_pictures():
 def test_a_t5_of_a_folder(tmp_path):
     transformers = pytest.importorskip('transformers', reason='texts are read through transformers')
     from tokenizers import Tokenizer, models, pre_tokenizers
+
     from vishub.tasks.generation.text import load_text_encoder
     with pytest.raises(InputError, match='no T5 encoder'):
         load_text_encoder(tmp_path, 6)
@@ -251,8 +252,8 @@ def test_a_t5_of_a_folder(tmp_path):
         tokenizer_object=tokenizer, pad_token='<pad>', eos_token='</s>', unk_token='<unk>',
     ).save_pretrained(tmp_path / 'tokenizer')
     torch.manual_seed(0)
-    transformers.T5EncoderModel(transformers.T5Config(
-        vocab_size=6, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(tmp_path / 'text_encoder')
+    config = transformers.T5Config(vocab_size=6, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path / 'text_encoder')
     encoder = load_text_encoder(tmp_path, 6)
     features, mask = encoder(['a cat', 'a dog a cat'])
     assert features.shape == (2, 6, 12) and mask.tolist() == [[True] * 2 + [False] * 4, [True] * 4 + [False] * 2]

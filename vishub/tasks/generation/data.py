@@ -80,4 +80,4 @@ class PictureSet(Dataset):
             image = cropped.reshape(side, side, -1)
         if self.flip and np.random.default_rng([self.seed, epoch, index]).random() < 0.5:
             image = image[:, ::-1]
-        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), int(self.images.labels[chosen])
+        return torch.from_numpy(image.transpose(2, 0, 1).copy()), int(self.images.labels[chosen])

@@ -78,7 +78,7 @@ class Judge:
 
     def __init__(self, model: str, classes: Sequence[str], device: Union[str, torch.device, None] = None) -> None:
         self.pipe = ClassificationPipeline(model, device)
-        self.name = self.pipe.name
+        self.name = Path(model.removeprefix('local-dir:')).name  # of a folder no more: reports go to others
         self.order = class_order(self.pipe, classes)
 
     @torch.no_grad()

@@ -106,6 +106,8 @@ class GenerationRecipe(Recipe):
         if not isinstance(row, catalog.Architecture) or row.task != 'generation':
             raise InputError(f"'{self.model_name}' does not generate pictures: give a model of the task generation")
         cfg = timm.get_pretrained_cfg(name)
+        if not cfg.num_classes:
+            raise InputError(f"'{self.model_name}' is not a model of classes, and this recipe has no captions")
         return {**cfg.to_dict(), **({'input_size': (self.model_args['in_chans'], 0, 0)}
                                     if 'in_chans' in self.model_args else {})}
 
@@ -124,8 +126,6 @@ class GenerationRecipe(Recipe):
                 self.model_name.removeprefix('vishub/'), num_classes=len(self.data.classes), **self.model_args)
         except (TypeError, ValueError) as error:
             raise InputError(f"model '{self.model_name}' refuses its arguments {self.model_args}: {error}") from error
-        if not isinstance(model, DiffusionTransformer):
-            raise InputError(f"'{self.model_name}' is not a model of classes, and this recipe has no captions")
         if not model.learn_sigma:
             raise InputError('the hybrid loss trains the variance, too: build the model with learn_sigma=True')
         if self.teacher_name is not None:
@@ -223,6 +223,7 @@ class GenerationRecipe(Recipe):
         folder = Path(config.output) / f'{architecture}.{self.tag}'
         arguments = {key: value for key, value in self.model_args.items() if key != 'pretrained'}
         changes = dict(
+            architecture=architecture, tag=self.tag, num_classes=model.num_classes,
             input_size=(model.in_chans, *model.img_size), label_names=list(self.data.classes),
             mean=(0.5,) * self.data.train.in_chans, std=(0.5,) * self.data.train.in_chans,
             hf_hub_id=f'vishub/{architecture}.{self.tag}', license='apache-2.0',
