@@ -57,7 +57,7 @@ def predict(
         return
     path = name = None
     try:
-        path, name = uploaded(upload)
+        path, name = uploaded(upload) or ('', '')
         chosen = _chosen(model)
         work = Work(lambda progress: _run(chosen, path, int(horizon), int(start), int(stride), progress))
         with _RUNNING.of(_visitor(request), work):
@@ -159,7 +159,7 @@ def _about(model: TrainedModel) -> str:
 
 def _clip_input(**kwargs: Any) -> gr.File:
     """A file component for upload and drop that never fetches an address for a client."""
-    clip = gr.File(file_count='single', type='filepath', **kwargs)
+    clip: Any = gr.File(file_count='single', type='filepath', **kwargs)
     move = clip.async_move_resource_to_block_cache
 
     async def move_files_only(path: Any) -> Any:

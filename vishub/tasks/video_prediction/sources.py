@@ -208,9 +208,9 @@ def load_videos(folder: Path, frame: Tuple[int, int, int], num_frames: int, stri
                 for name, piece in zip(parts, (pixels[:first], pixels[first:second], pixels[second:])):
                     parts[name].append(piece)
     stored = {name: StoredClips(videos, num_frames) if videos else None for name, videos in parts.items()}
-    usable = {name: clips if clips is not None and len(clips) else None for name, clips in stored.items()}
-    if not any(usable.values()):
+    train, val, test = (clips if clips is not None and len(clips) else None for clips in stored.values())
+    if train is None and val is None and test is None:
         raise InputError(f"no video of '{folder}' has {num_frames} frames at stride {stride}, given and future ones")
     return VideoData(
         name=f'videos of {folder.name}', tag=re.sub(r'\W+', '_', folder.name.lower()), split='of its own folder'
-        if by_folder else 'the last 20 % of each video', **usable)
+        if by_folder else 'the last 20 % of each video', train=train, val=val, test=test)
