@@ -12,7 +12,7 @@ import gradio as gr
 
 import vishub
 
-from . import classify, generate, models, predict, tokens
+from . import classify, deblur, generate, models, predict, tokens
 from .theme import CSS, theme
 from .upload import MAX_FILE_SIZE
 
@@ -30,6 +30,7 @@ class Tab:
 # A task joins the demo with its module and one line here.
 TABS: Tuple[Tab, ...] = (
     Tab('Classify', 'classify', classify.build),
+    Tab('Deblur', 'deblur', deblur.build),
     Tab('Predict', 'predict', predict.build),
     Tab('Generate', 'generate', generate.build),
     Tab('Tokens', 'tokens', tokens.build),

@@ -222,24 +222,24 @@ class DeblurringPipeline(Pipeline):
         Raises:
             InputError: If a picture cannot be decoded, or an option is out of range.
         """
-        if tile_size % DIVISOR or tile_size < MIN_SIZE:
-            raise InputError(f'tile_size is {tile_size}: give a multiple of {DIVISOR}, at least {MIN_SIZE}')
-        if tile_overlap % DIVISOR or not 0 <= tile_overlap <= tile_size // 2:
-            raise InputError(
-                f'tile_overlap is {tile_overlap}: give a multiple of {DIVISOR} from 0 to half of tile_size')
-        if not 0 <= strength <= 1:
-            raise InputError(f'strength is {strength}: give 0 to 1')
         options = dict(tile_size=tile_size, tile_overlap=tile_overlap, strength=strength)
+        _check_options(**options)
         if isinstance(image, (list, tuple)):
             return self.run_batches(image, lambda batch: [self(item, **options) for item in batch], 1, progress)
         if isinstance(image, (str, os.PathLike)) and Path(os.fsdecode(image)).suffix.lower() in VIDEO_SUFFIXES:
             return self.video(image, progress=progress, **options)
-        return self._sharpen(read_photo(image), tile_size, tile_overlap, strength, progress)
+        return self.sharpen(read_photo(image), progress=progress, **options)
 
-    def _sharpen(
-            self, photo: Photo, tile_size: int, tile_overlap: int, strength: float,
-            progress: Optional[Progress] = None, warnings: Tuple[str, ...] = (),
+    def sharpen(
+            self,
+            photo: Photo,
+            tile_size: int = 512,
+            tile_overlap: int = 128,
+            strength: float = 1.0,
+            progress: Optional[Progress] = None,
     ) -> DeblurResult:
+        """Sharpen a photograph that was read already; options as of a call."""
+        _check_options(tile_size, tile_overlap, strength)
         height, width = photo.pixels.shape[:2]
         padded = [max(MIN_SIZE, math.ceil(length / DIVISOR) * DIVISOR) for length in (height, width)]
         out = photo.pixels.copy()
@@ -278,7 +278,7 @@ class DeblurringPipeline(Pipeline):
         return DeblurResult(
             photo=photo, pixels=out, blur=_blur_of(photo, out), kernels=next(iter(kernels.values()), None),
             model=self.name, latency_ms=latency_ms, num_params=self.num_params, num_tiles=num_tiles,
-            warnings=photo.warnings + warnings)
+            warnings=photo.warnings)
 
     def _run(self, given: torch.Tensor, want_kernels: bool) -> Tuple[torch.Tensor, Optional[np.ndarray]]:
         """A tile with its margin (1, 3, h, w) -> the sharp tile without it, and the strongest filters if wanted."""
@@ -331,7 +331,7 @@ class DeblurringPipeline(Pipeline):
                 if not there:
                     break
                 photo = Photo(np.ascontiguousarray(frame[..., ::-1]))
-                result = self._sharpen(photo, tile_size, tile_overlap, strength)
+                result = self.sharpen(photo, tile_size, tile_overlap, strength)
                 latency_ms += result.latency_ms
                 if writer is None:
                     first = result
@@ -354,6 +354,16 @@ class DeblurringPipeline(Pipeline):
         return VideoDeblurResult(
             path, done, (width, height), fps, self.name, latency_ms, first, name,
             ('The result is silent: sound is not carried over.',))
+
+
+def _check_options(tile_size: int, tile_overlap: int, strength: float) -> None:
+    if tile_size % DIVISOR or tile_size < MIN_SIZE:
+        raise InputError(f'tile_size is {tile_size}: give a multiple of {DIVISOR}, at least {MIN_SIZE}')
+    if tile_overlap % DIVISOR or not 0 <= tile_overlap <= tile_size // 2:
+        raise InputError(
+            f'tile_overlap is {tile_overlap}: give a multiple of {DIVISOR} from 0 to half of tile_size')
+    if not 0 <= strength <= 1:
+        raise InputError(f'strength is {strength}: give 0 to 1')
 
 
 def blur_between(sharp: np.ndarray, blurred: np.ndarray, size: int = 33, noise: float = 1e-3) -> np.ndarray:
