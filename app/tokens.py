@@ -365,6 +365,9 @@ def _numbers_html(result: Comparison) -> str:
     deciding = f' Deciding which tokens to spare takes {_count(result.overhead)} more.' if result.overhead else ''
     note = f'MACs: multiply-accumulates a picture.{deciding} Latency: median of {result.runs} runs of each model in ' \
            f'turns, one picture at a time, on {result.device}, deciding included.'
+    if less > full and result.macs[1] < result.macs[0]:
+        note += ' Here deciding takes longer than it saves, as in small models on single pictures: it is many small ' \
+                'steps, whatever the size of the model.'
     return _table('Cost', ['', 'full model', 'fewer tokens', 'change'], rows, 'vh-costs') \
         + f'<p class="vh-note">{html.escape(note)}</p>'
 

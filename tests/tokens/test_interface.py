@@ -1,5 +1,6 @@
 """apply, config, reduced, macs, schedule, restore, visualize: results and refusals."""
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -65,6 +66,16 @@ def test_config_can_be_applied_again_and_the_last_one_counts():
     tokens.apply(model, 'uniform', keep={1: 0.5})
     assert tokens.config(model) == dict(method='uniform', keep={1: 0.5})
     assert type(tokens.remove(model)) is VisionTransformer
+
+
+def test_config_comes_back_from_json():
+    model = tokens.apply(small_model('vit'), 'zero_tprune', tokens_after={0: 9, 1: 7}, votes={0: 3}, similar={0: 2})
+    kept = tokens.config(model)
+    again = json.loads(json.dumps(kept))
+    assert '0' in again['tokens_after']
+    assert tokens.config(tokens.apply(model, **again)) == kept
+    with pytest.raises(InputError, match="block index in tokens_after is 'first'"):
+        tokens.apply(model, 'uniform', tokens_after={'first': 9})
 
 
 def test_context_manager_gives_back_what_was_there():

@@ -97,6 +97,13 @@ def number(value: Any, what: str, low: float, high: float = math.inf, above: boo
     return float(value)
 
 
+def _whole_keys(value: Any) -> Any:
+    """{block: ...} as it was before JSON made strings of the block numbers."""
+    if not isinstance(value, Mapping):
+        return value
+    return {int(key) if isinstance(key, str) and key.isdecimal() else key: entry for key, entry in value.items()}
+
+
 class Counts:
     """`tokens_after` or `keep`: how many tokens there are behind each reducing block.
 
@@ -199,6 +206,7 @@ class Method(abc.ABC):
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f" (nearest: '{near[0]}')" if near else ''
                 raise InputError(f"{self.name} has no option '{key}'{hint}; it has: {', '.join([*known, 'macs'])}")
+        config = {key: _whole_keys(value) for key, value in config.items()}
         self.layout = layout
         for key, default in self.options.items():
             setattr(self, key, config.get(key, default))

@@ -70,7 +70,7 @@ class SearchResult:
     num_images: int
 
     def to_dict(self) -> Dict[str, Any]:
-        """Plain values for `json.dumps`; JSON makes strings of the block numbers in `tokens_after`."""
+        """Plain values for `json.dumps`; `apply` takes the `config` also as it comes back from JSON."""
         return asdict(self)
 
     def markdown(self) -> str:
