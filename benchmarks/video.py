@@ -20,6 +20,7 @@ from simvp import PEERS, SimvpLike
 from timing import clock_name, ratios, take_turns, timer
 
 import vishub  # noqa: F401  registers the models
+from vishub.models.cost import module_macs
 from vishub.models.predformer import ARRANGEMENTS
 
 RESULTS = Path(__file__).resolve().parent / 'results'
@@ -65,6 +66,7 @@ def measure(data: str, batch_sizes: Sequence[int], rounds: int, device: str, thr
             rows.append({
                 'data': data, 'model': name, 'batch_size': batch_size,
                 'num_params': sum(parameter.numel() for parameter in model.parameters()),
+                'macs': module_macs(model, clips[:1]),
                 'clips_per_second': batch_size / statistics.median(seconds[name]),
                 'to_peer': statistics.median(faster), 'to_peer_range': [min(faster), max(faster)],
             })
@@ -80,15 +82,15 @@ def report(rows: Sequence[Dict[str, Any]], setting: Dict[str, Any]) -> str:
         '',
         'Clips a second (a clip counts once, whatever its frames), medians over the rounds, in which all took turns. '
         '*To the peer*: its time over the model\'s, above 1 is faster than the SimVP-like peer (benchmarks/simvp.py); '
-        'median and range over the rounds. Made by `python benchmarks/video.py`.',
+        'median and range over the rounds. GMACs are those of one clip. Made by `python benchmarks/video.py`.',
     ]
     for data in dict.fromkeys(row['data'] for row in rows):
-        lines += ['', f'## {data}', '', '| model | parameters | batch | clips/s | to the peer |', '|---|' + '---:|' * 4]
+        lines += ['', f'## {data}', '', '| model | parameters | GMACs | batch | clips/s | to the peer |', '|---|' + '---:|' * 5]
         for row in rows:
             if row['data'] == data:
                 low, high = row['to_peer_range']
                 lines.append(
-                    f'| {row["model"]} | {row["num_params"] / 1e6:.2f} M | {row["batch_size"]} '
+                    f'| {row["model"]} | {row["num_params"] / 1e6:.2f} M | {row["macs"] / 1e9:.2f} | {row["batch_size"]} '
                     f'| {row["clips_per_second"]:.2f} | {row["to_peer"]:.2f} ({low:.2f} to {high:.2f}) |')
     return '\n'.join(lines) + '\n'
 
