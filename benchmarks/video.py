@@ -85,13 +85,15 @@ def report(rows: Sequence[Dict[str, Any]], setting: Dict[str, Any]) -> str:
         'median and range over the rounds. GMACs are those of one clip. Made by `python benchmarks/video.py`.',
     ]
     for data in dict.fromkeys(row['data'] for row in rows):
-        lines += ['', f'## {data}', '', '| model | parameters | GMACs | batch | clips/s | to the peer |', '|---|' + '---:|' * 5]
+        header = '| model | parameters | GMACs | batch | clips/s | to the peer |'
+        lines += ['', f'## {data}', '', header, '|---|' + '---:|' * 5]
         for row in rows:
             if row['data'] == data:
                 low, high = row['to_peer_range']
                 lines.append(
-                    f'| {row["model"]} | {row["num_params"] / 1e6:.2f} M | {row["macs"] / 1e9:.2f} | {row["batch_size"]} '
-                    f'| {row["clips_per_second"]:.2f} | {row["to_peer"]:.2f} ({low:.2f} to {high:.2f}) |')
+                    f'| {row["model"]} | {row["num_params"] / 1e6:.2f} M | {row["macs"] / 1e9:.2f} '
+                    f'| {row["batch_size"]} | {row["clips_per_second"]:.2f} '
+                    f'| {row["to_peer"]:.2f} ({low:.2f} to {high:.2f}) |')
     return '\n'.join(lines) + '\n'
 
 

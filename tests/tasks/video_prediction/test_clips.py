@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from vishub import InputError
+from vishub.tasks.video_prediction.clips import _fit_video_frame as fit_video_frame
 from vishub.tasks.video_prediction.clips import centre_crop, read_clip
 
 GREY = (1, 16, 16)
@@ -139,6 +140,21 @@ def test_4k_video_needs_the_memory_of_a_frame_or_two(tmp_path):
     # the middle 2160 columns in 16: light from 1200 to 1800 is columns (1200 - 840) / 135 = 2.7 to 7.1
     np.testing.assert_allclose(clip.frames[:, 0, 8, 5], np.arange(16) * 10 / 255, atol=0.02)
     assert clip.frames[:, 0, 8, 9:].max() < 0.02
+
+
+def test_lying_frames_of_phones_are_turned_upright():
+    av = pytest.importorskip('av')
+    pixels = np.zeros((200, 400, 3), np.uint8)
+    pixels[:, 300:] = 255  # lies on its left side: the right end belongs at the top
+
+    class Lying:
+        """A decoded frame with a display matrix, which PyAV cannot write."""
+        frame = av.VideoFrame.from_ndarray(pixels, 'rgb24')
+        width, height, rotation = 400, 200, 90  # counter-clockwise
+        reformat, to_image = frame.reformat, frame.to_image
+
+    upright = fit_video_frame(Lying(), (1, 32, 16))
+    assert upright[0, :8].min() > 0.9 and upright[0, 9:].max() < 0.1
 
 
 def test_damaged_end_is_left_out_with_a_warning(frames, tmp_path):

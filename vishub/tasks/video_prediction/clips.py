@@ -373,13 +373,13 @@ def _fit_image(image: Image.Image, frame: Tuple[int, int, int]) -> np.ndarray:
 def _fit_video_frame(decoded: Any, frame: Tuple[int, int, int]) -> np.ndarray:
     """As `_fit_image`; large frames are first scaled down by FFmpeg, without a large copy in RGB."""
     _, height, width = frame
+    turn = getattr(decoded, 'rotation', 0)  # phones store upright videos lying; a scaled frame has forgotten it
     shrink = min(decoded.width / width, decoded.height / height)
     if shrink > 2:
         decoded = decoded.reformat(
             width=round(2 * decoded.width / shrink), height=round(2 * decoded.height / shrink), format='rgb24',
             interpolation='AREA')
     image = decoded.to_image()
-    turn = getattr(decoded, 'rotation', 0)  # phones store upright videos lying
     return _fit_image(image.rotate(turn, expand=True) if turn else image, frame)
 
 
