@@ -117,7 +117,7 @@ def test_python_names_exist(page):
                 assert hasattr(modules[node.value.id], node.attr), f'{page.name}: {ast.unparse(node)}'
 
 
-@pytest.mark.parametrize('page, number', [('index', 0), ('index', 1), ('tokens', 1)])
+@pytest.mark.parametrize('page, number', [('index', 0), ('index', 1), ('tokens', 1), ('tasks', 0)])
 def test_python_runs(page, number, tmp_path, monkeypatch):
     # those blocks that need nothing but the checkout
     (tmp_path / 'app').symlink_to(ROOT / 'app')
