@@ -230,6 +230,15 @@ def test_conslide_from_the_whole_learner(tmp_path):
     assert (done.folder / 'model.safetensors').stat().st_size < 41e6  # without the three quarters that it never uses
 
 
+def test_deeprftv2_tells_its_form_by_its_names():
+    case = official.load_case('deeprftv2', 'deeprftv2_s_128')
+    tensors, entry = state_dict_of({'params': {f'module.{key}': value for key, value in case.state_dict.items()}})
+    row, arguments = best_fit('deeprftv2', tensors)
+    assert (entry, row.name, arguments) == ('params', 'deeprftv2_s', {})
+    with pytest.raises(vishub.InputError, match='holds deeprftv2_s, not deeprftv2_b'):
+        best_fit('deeprftv2_b', tensors)
+
+
 def test_conslide_of_other_sizes():
     with torch.device('meta'):
         own = timm.create_model('conslide_hit', num_classes=2, depth=3, in_features=1024).state_dict()

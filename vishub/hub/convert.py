@@ -30,7 +30,8 @@ Tensors = Dict[str, torch.Tensor]
 
 # Where trainers keep the weights. Averaged ones first: they are what a paper's figures were measured on.
 _ENTRIES = (
-    'model_ema', 'state_dict_ema', 'ema', 'ema_state_dict', 'model', 'state_dict', 'model_state_dict', 'module', 'net')
+    'model_ema', 'state_dict_ema', 'ema', 'ema_state_dict', 'params_ema', 'model', 'state_dict', 'model_state_dict',
+    'params', 'module', 'net')
 # What wrappers (distributed training, torch.compile, Lightning, a continual learner) put before every name.
 _PREFIXES = ('module.', '_orig_mod.', 'model.', 'ema_model.', 'net.')
 
@@ -368,6 +369,10 @@ def _predformer_arguments(architecture: str, content: Mapping[str, Any], tensors
     return {'legacy_token_order': True} if official and '_fac_st_' in architecture else {}
 
 
+def _no_arguments(architecture: str, content: Mapping[str, Any], tensors: Tensors) -> Dict[str, Any]:
+    return {}
+
+
 def _conslide_arguments(architecture: str, content: Mapping[str, Any], tensors: Tensors) -> Dict[str, Any]:
     embedding = tensors.get('fc1.0.weight', tensors.get('patch_embed.weight'))  # dim, in_features
     depth = len({key.split('.')[1] for key in tensors if key.startswith('blocks.')})
@@ -399,6 +404,7 @@ _LAYOUTS = {
     'nvit': _Layout('cc-by-nc-sa-4.0', r'^blocks\.0\.attn\.qkv\.', ('head.weight',), _nvit_arguments),
     'dit': _Layout('cc-by-nc-4.0', r'^blocks\.0\.(adaLN_modulation|adaln)\.', (), _dit_arguments),
     'predformer': _Layout('unknown', r'^(to_patch_embedding\.1|layers\.0\.units)\.', (), _predformer_arguments),
+    'deeprftv2': _Layout('unknown', r'^(global_model|columns\.0)\.', (), _no_arguments),
     'conslide': _Layout(
         'unknown', r'^blocks\.0\.(inner|patch)_attn\.qk\.', ('head.weight',), _conslide_arguments),
 }
