@@ -2,9 +2,9 @@
 
     h_t = exp(D_t A) h_{t-1} + D_t B_t u_t        y_t = sum_n C_t[n] h_t[n]        D_t = softplus(delta_t + bias)
 
-A recurrence over L positions would be L steps of tiny tensors. Here the sequence is cut into about sqrt(L) chunks, and
-the T-th positions of all chunks advance together: about sqrt(L) steps for the chunks' end states, sqrt(L) to carry
-these from chunk to chunk, sqrt(L) more with the right initial states. Only exponentials of numbers <= 0 occur, and
+A recurrence over L positions would be L steps of tiny tensors. Here the sequence is cut into chunks of T positions,
+T about sqrt(L) / 2, and the t-th positions of all chunks advance together: T steps for the chunks' end states, L / T
+to carry these from chunk to chunk, T more with the right initial states. Only exponentials of numbers <= 0 occur, and
 nothing is divided, so nothing overflows, however long the sequence. (The textbook's closed form divides by a
 cumulative product of decays, which underflows.)
 
@@ -132,8 +132,12 @@ def _mamba_ssm() -> Optional[Callable[..., Any]]:
 
 
 def chunk_length(length: int) -> int:
-    """Positions T of a chunk: about the root of the length; short sequences stay whole."""
-    return length if length <= 32 else math.ceil(math.sqrt(length))
+    """Positions T of a chunk; short sequences stay whole.
+
+    Half the root of the length: a step through the chunks is several operations, and there are up to three for each
+    position (two forward, one more backward), but the states are carried from chunk to chunk by two.
+    """
+    return length if length <= 32 else math.ceil(math.sqrt(length) / 2)
 
 
 def chunked_scan(
@@ -180,12 +184,6 @@ def _operands(
     return u, delta, A.unflatten(0, (groups, -1)).transpose(1, 2).unsqueeze(-1), B, C
 
 
-def _advance(h: torch.Tensor, decay: torch.Tensor, delta: torch.Tensor, A: torch.Tensor) -> None:
-    """Let the states `h` decay by one step, in place; `decay` receives the factor."""
-    torch.mul(delta, A, out=decay)
-    h.mul_(decay.exp_())
-
-
 def _carry(ends: torch.Tensor, decay: torch.Tensor, first: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Run h_{c+1} = decay_c h_c + end_c over chunks.
 
@@ -225,23 +223,23 @@ def _forward(
     size, groups, num_states, _, rows = B.shape
     shape = (groups, num_states, dim // groups, rows)
     decay, h = x.new_empty(shape), x.new_zeros(shape)
+    y = x.new_empty(size, groups, dim // groups, rows)
+    steps = list(zip(x.unbind(), delta.unbind(), B.unbind(), C.unbind(), y.unbind()))
 
     if rows > batch_size:
-        for t in range(size):
-            _advance(h, decay, delta[t], A)
-            h.addcmul_(x[t], B[t])
+        for x_t, delta_t, B_t, _, _ in steps:
+            torch.mul(delta_t, A, out=decay)
+            h.mul_(decay.exp_()).addcmul_(x_t, B_t)
         ends = _chunks_first(h, batch_size)
         whole = _chunks_first((delta.sum(0) * A).exp_(), batch_size)
         starts = _chunks_last(_carry(ends, whole, torch.zeros_like(ends[0]))[0])
         h = starts.clone()
     else:
         starts = h.clone()
-    y = x.new_empty(size, groups, dim // groups, rows)
-    for t in range(size):
-        _advance(h, decay, delta[t], A)
-        h.addcmul_(x[t], B[t])
-        torch.mul(h, C[t], out=decay)
-        torch.sum(decay, 1, out=y[t])
+    for x_t, delta_t, B_t, C_t, y_t in steps:
+        torch.mul(delta_t, A, out=decay)
+        h.mul_(decay.exp_()).addcmul_(x_t, B_t)
+        torch.sum(torch.mul(h, C_t, out=decay), 1, out=y_t)
     last_state = h.unflatten(-1, (-1, batch_size))[..., -1, :]  # G, N, e, B
     last_state = last_state.permute(3, 0, 2, 1).flatten(1, 2).contiguous()
     return _join(y.flatten(1, 2), batch_size, length), last_state, starts
@@ -271,41 +269,44 @@ def _backward(
     incoming = dlast.unflatten(1, (groups, -1)).permute(1, 3, 2, 0)  # B, G, e, N -> G, N, e, B
 
     # g is the gradient of h; from behind it obeys the same recurrence. What comes into each chunk from later ones:
-    decay = torch.empty_like(starts)
     if rows > batch_size:
-        g = torch.zeros_like(starts)
-        for t in reversed(range(size)):
-            g.addcmul_(C[t], dy[t])
-            _advance(g, decay, delta[t], A)
+        decay, g = torch.empty_like(starts), torch.zeros_like(starts)
+        for delta_t, C_t, dy_t in zip(*(reversed(operand.unbind()) for operand in (delta, C, dy))):
+            torch.mul(delta_t, A, out=decay)
+            g.addcmul_(C_t, dy_t).mul_(decay.exp_())
         ends = _chunks_first(g, batch_size).flip(0)
         whole = _chunks_first((delta.sum(0) * A).exp_(), batch_size).flip(0)
         incoming = _chunks_last(_carry(ends, whole, incoming)[0].flip(0))
 
+    x = u * delta
     du, ddelta, dA = torch.empty_like(u), torch.empty_like(u), torch.zeros_like(A)
     dB, dC = torch.empty_like(B), torch.empty_like(C)
     group = max(1, _BACKWARD_FLOATS // (size * starts.shape[:3].numel() * batch_size)) * batch_size
     for first in range(0, rows, group):
         part = slice(first, first + group)
-        states = starts.new_empty(size + 1, *starts[..., part].shape)  # before each step, and behind the last
-        states[0] = starts[..., part]
+        steps = list(zip(*(
+            operand[..., part].unbind() for operand in (u, delta, x, B, C, dy, du, ddelta, dB, dC))))
+        states = starts.new_empty(size + 1, *starts[..., part].shape).unbind()  # before each step, and behind the last
+        states[0].copy_(starts[..., part])
         decay = torch.empty_like(states[0])
-        for t in range(size):
-            states[t + 1] = states[t]
-            _advance(states[t + 1], decay, delta[t, ..., part], A)
-            states[t + 1].addcmul_(u[t, ..., part] * delta[t, ..., part], B[t, ..., part])
+        for t, (_, delta_t, x_t, B_t, *_) in enumerate(steps):
+            torch.mul(delta_t, A, out=decay)
+            torch.mul(states[t], decay.exp_(), out=states[t + 1]).addcmul_(x_t, B_t)
         g = incoming[..., part].clone(memory_format=torch.contiguous_format)
         product, dA_parts = torch.empty_like(g), torch.zeros_like(g)
         for t in reversed(range(size)):
-            ut, dt, dyt = (x[t, ..., part] for x in (u, delta, dy))
-            torch.sum(torch.mul(states[t + 1], dyt, out=product), 2, keepdim=True, out=dC[t, ..., part])
-            g.addcmul_(C[t, ..., part], dyt)
-            torch.sum(torch.mul(g, ut * dt, out=product), 2, keepdim=True, out=dB[t, ..., part])
-            through = torch.mul(g, B[t, ..., part], out=product).sum(1, keepdim=True)  # G, 1, e, R
-            du[t, ..., part] = through * dt
-            _advance(g, decay, dt, A)
+            u_t, delta_t, x_t, B_t, C_t, dy_t, du_t, ddelta_t, dB_t, dC_t = steps[t]
+            torch.sum(torch.mul(states[t + 1], dy_t, out=product), 2, keepdim=True, out=dC_t)
+            g.addcmul_(C_t, dy_t)
+            torch.sum(torch.mul(g, x_t, out=product), 2, keepdim=True, out=dB_t)
+            through = torch.mul(g, B_t, out=product).sum(1, keepdim=True)  # G, 1, e, R
+            torch.mul(through, delta_t, out=du_t)
+            torch.mul(delta_t, A, out=decay)
+            g.mul_(decay.exp_())
             torch.mul(g, states[t], out=product)  # gradient of delta * A
-            dA_parts.addcmul_(product, dt)
-            ddelta[t, ..., part] = product.mul_(A).sum(1, keepdim=True).addcmul_(through, ut)
+            dA_parts.addcmul_(product, delta_t)
+            torch.sum(product.mul_(A), 1, keepdim=True, out=ddelta_t)
+            ddelta_t.addcmul_(through, u_t)
         dA += dA_parts.sum(-1, keepdim=True)
     du, ddelta = (_join(x.flatten(1, 3), batch_size, length) for x in (du, ddelta))
     dB, dC = (_join(x.squeeze(3), batch_size, length) for x in (dB, dC))
