@@ -2,10 +2,12 @@
 import html
 import random
 import time
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from dataclasses import replace
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
 from PIL import Image, ImageDraw
 
 from vishub import InputError
@@ -58,9 +60,10 @@ def generate(
         def run(progress: Progress) -> GenerationResult:
             pipe = PIPELINES.get(TASK, chosen.source)
             frames = min(_MOMENTS, options['num_inference_steps'] - 1)
-            return pipe(  # type: ignore[no-any-return]
+            result: Any = pipe(
                 label, **options, frames=frames, progress=progress,
                 callback=lambda done, total, pictures: previews.append(pictures))
+            return replace(result, model=chosen.name)
 
         work = Work(run)
         shown = 0
@@ -71,7 +74,7 @@ def generate(
                 preview: Any = gr.skip()
                 if len(previews) > shown:  # of several new ones the last
                     shown = len(previews)
-                    preview = gr.Image(picture_grid(previews[-1]), label='As the model guesses it now')
+                    preview = _grid(previews[-1])
                 yield preview, gr.skip(), gr.skip(), gr.skip(), status, gr.Button(interactive=not work.is_stopping)
         result = work.result()
     except Stopped:
@@ -115,7 +118,7 @@ def compare(
 
                 start = time.perf_counter()
                 result: Any = pipe(label, **options, progress=advance)
-                results.append((result, time.perf_counter() - start))
+                results.append((replace(result, model=model.name), time.perf_counter() - start))
             return results
 
         work = Work(run)
@@ -138,28 +141,23 @@ def compare(
             '</th><th>Parameters</th><th>Seconds</th></tr></thead><tbody>' + ''.join(
                 f'<tr><th>{html.escape(result.model)}</th><td>{result.num_params / 1e6:.2f} M</td>'
                 f'<td>{seconds:.2f}</td></tr>' for result, seconds in results) + '</tbody></table>'
-    pictures = [
-        (picture, f'{result.model}, seed {own}') for result, _ in results
-        for picture, own in zip(_enlarged(result), result.seeds)]
-    yield _page(
-        notice(f'{label}, {len(results)} models.'), gr.Image(comparison(results), label='Side by side'),
-        pictures, None, facts)
+    yield _page(notice(f'{label}, {len(results)} models.'), comparison(results), facts=facts)
 
 
 def comparison(results: List[Tuple[GenerationResult, float]]) -> Image.Image:
-    """The pictures of several models side by side, each under its name and time in seconds."""
+    """The pictures of several models side by side, above the model's name and its time in seconds."""
     grids = [picture_grid(result.pictures) for result, _ in results]
-    gap, header = 24, 46
+    gap, footer = 24, 54
     canvas = Image.new(
-        'RGB', (sum(grid.width for grid in grids) + gap * (len(grids) - 1), grids[0].height + header), drawing.PAPER)
+        'RGB', (sum(grid.width for grid in grids) + gap * (len(grids) - 1), grids[0].height + footer), drawing.PAPER)
     draw = ImageDraw.Draw(canvas)
     left = 0
     for (result, seconds), grid in zip(results, grids):
         name, small = result.model.partition('.')[0], drawing.font(14)
-        draw.text((left, 2), drawing.elide(name, drawing.font(18), grid.width), fill=drawing.INK, font=drawing.font(18))
-        draw.text(
-            (left, 25), drawing.elide(f'{seconds:.2f} s', small, grid.width), fill=drawing.MUTED, font=small)
-        canvas.paste(grid, (left, header))
+        top, large = grid.height + 6, drawing.font(18)
+        draw.text((left + 4, top), drawing.elide(name, large, grid.width), fill=drawing.INK, font=large)
+        draw.text((left + 4, top + 24), f'{seconds:.2f} s', fill=drawing.MUTED, font=small)
+        canvas.paste(grid, (left, 0))
         left += grid.width + gap
     return canvas
 
@@ -199,8 +197,13 @@ def _options(seed: Any, count: Any, steps: Any, guidance: Any, solver: str) -> D
 
 def _page(
         status: str, preview: Any = None, pictures: Any = None, gif: Any = None, facts: str = '') -> Outputs:
-    """The page at rest: what is not given is emptied."""
-    return preview, pictures, gif, facts, status, gr.Button(interactive=False)
+    """The page at rest: what is not given is emptied, and boxes for it are hidden."""
+    gallery = gr.Gallery(pictures, visible=pictures is not None)
+    return preview, gallery, gr.Image(gif, visible=gif is not None), facts, status, gr.Button(interactive=False)
+
+
+def _grid(pictures: Sequence[Image.Image]) -> Image.Image:
+    return picture_grid(pictures, columns=4 if len(pictures) > 4 else 2)
 
 
 def _enlarged(result: GenerationResult) -> List[Image.Image]:
@@ -220,7 +223,7 @@ def _shown(result: GenerationResult) -> Outputs:
         f'<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>' for key, value in facts.items())
     return _page(
         notice(' '.join([f'{sentence}.', *result.warnings])),
-        gr.Image(picture_grid(result.pictures), label=result.prompt), pictures, _gif(result),
+        _grid(result.pictures), pictures, _gif(result),
         f'<dl class="vh-facts">{items}</dl>')
 
 
@@ -228,7 +231,7 @@ def _gif(result: GenerationResult) -> Optional[str]:
     """Path of the denoising as a GIF, in the folder that Gradio empties."""
     if not result.frames:
         return None
-    return save_bytes_to_cache(result.gif(), 'denoising.gif', gr.Image().GRADIO_CACHE)
+    return save_bytes_to_cache(result.gif(), 'denoising.gif', get_upload_folder())
 
 
 def _about(model: TrainedModel) -> str:
@@ -251,7 +254,7 @@ def build(tab: gr.Tab) -> None:
                 list(models[0].label_names), value=models[0].label_names[0], label='Class', elem_id='vh-gen-class')
             with gr.Row(equal_height=True):
                 seed = gr.Number(0, label='Seed', precision=0, minimum=0, min_width=120, elem_id='vh-gen-seed')
-                dice = gr.Button('Another seed', min_width=120, elem_id='vh-gen-dice')
+                dice = gr.Button('Another seed', size='sm', scale=0, min_width=120, elem_id='vh-gen-dice')
             model = gr.Dropdown(
                 [row.name for row in models], value=models[0].name, label='Model', elem_id='vh-gen-model')
             about = gr.HTML(_about(models[0]))
@@ -270,15 +273,16 @@ def build(tab: gr.Tab) -> None:
             status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-gen-status')
         with gr.Column(min_width=300):
             preview = gr.Image(
-                label='Pictures', interactive=False, format='png', buttons=['download', 'fullscreen'],
-                elem_id='vh-gen-preview')
+                label='Pictures', show_label=False, interactive=False, format='png',
+                buttons=['download', 'fullscreen'], elem_id='vh-gen-preview')
             facts = gr.HTML(elem_id='vh-gen-facts')
             pictures = gr.Gallery(
                 label='One by one', columns=4, height='auto', object_fit='contain', format='png', interactive=False,
-                buttons=['download', 'fullscreen'], elem_id='vh-gen-gallery')
+                buttons=['download', 'fullscreen'], visible=False, elem_id='vh-gen-gallery',
+                elem_classes='vh-thumbnails')
             gif = gr.Image(
                 label='From noise to pictures', type='filepath', format='gif', interactive=False,
-                buttons=['download'], elem_id='vh-gen-gif')
+                buttons=['download'], visible=False, elem_id='vh-gen-gif')
 
     outputs = [preview, pictures, gif, facts, status, stop]
     options = [label, seed, count, steps, guidance, solver]
