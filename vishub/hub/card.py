@@ -25,7 +25,7 @@ _HUB_DATASETS = {'CIFAR-10 (JPEG)': 'uoft-cs/cifar10', 'Fashion-MNIST': 'zalando
 _METRIC_TITLES = {
     'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'ece': 'Calibration error (0 to 1)',
     'agreement': 'Class agreement (%)', 'frechet': "Fréchet distance in the judge's features",
-    'fid': 'FID',
+    'fid': 'FID', 'mse': 'MSE', 'mae': 'MAE', 'rmse': 'RMSE', 'ssim': 'SSIM', 'psnr': 'PSNR (dB)',
 }
 
 
@@ -122,8 +122,8 @@ def _what(
     lines = [
         card.get('description') or f'`{config["architecture"]}` trained on {data}.',
         '',
-        f'- Architecture: `{config["architecture"]}`, {metrics["num_params"]:,} parameters, input {size}, '
-        f'{config["num_classes"]} classes',
+        f'- Architecture: `{config["architecture"]}`, {metrics["num_params"]:,} parameters, input {size}'
+        + (f', {config["num_classes"]} classes' if config['num_classes'] else ''),
     ]
     if family:
         repository = family.repository and f'https://github.com/{family.repository}'

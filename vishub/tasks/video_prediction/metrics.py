@@ -26,12 +26,13 @@ from vishub.tasks.video_prediction.data import ClipSet, VideoData, load_data, st
 from vishub.tasks.video_prediction.pipeline import VideoPredictionPipeline
 
 __all__ = [
-    'BASELINES', 'VideoMetrics', 'absolute_error', 'evaluate', 'measure', 'plot_horizon', 'psnr', 'save_evaluation',
-    'squared_error', 'ssim', 'update_card',
+    'BASELINES', 'VideoMetrics', 'absolute_error', 'draw_pictures', 'evaluate', 'measure', 'plot_horizon', 'psnr',
+    'save_evaluation', 'squared_error', 'ssim', 'update_card',
 ]
 
 Clip = Union[torch.Tensor, np.ndarray]
 
+_HORIZON = 'horizon.png'
 # scikit-image's defaults: side of the uniform window, and the constants of Wang et al. 2004
 _WINDOW, _K1, _K2 = 7, 0.01, 0.03
 
@@ -333,7 +334,7 @@ def evaluate(
             predictor, data.test, data, first.num_frames, limit=limit, batch_size=batch_size, advance=advance)
         rows.append({
             'name': name, 'num_params': pipes[name].num_params if name in pipes else 0, **figures,
-            **budgets.get(name, {})})
+            **budgets.get(name, {} if name in pipes else {'epochs': 0})})
     return {
         'model': own, 'num_params': first.num_params, 'data': data.name,
         'split': f'test split, {data.split}' if data.split else 'test split',
@@ -350,7 +351,7 @@ def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List
     Returns:
         The files.
     """
-    files = [Path(folder) / 'evaluation.json', Path(folder) / 'horizon.png']
+    files = [Path(folder) / 'evaluation.json', Path(folder) / _HORIZON]
     with atomic_path(files[0]) as temporary:
         temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     plot_horizon(report, files[1])
@@ -371,7 +372,23 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> None:
     if recorded.get('data', report['data']) != report['data']:
         raise InputError(f"'{folder}' was trained on {recorded['data']}; figures on {report['data']} belong elsewhere")
     facts = {key: report[key] for key in ('data', 'split', 'num_test', 'metrics', 'report', 'peers')}
+    if (Path(folder) / _HORIZON).is_file():
+        plot_horizon(report, Path(folder) / _HORIZON)
     annotate(folder, **facts)
+
+
+def draw_pictures(folder: Path, data: VideoData, report: Mapping[str, Any]) -> List[Tuple[str, str]]:
+    """Draw the first test clip's prediction and the error over the horizon into a weights folder.
+
+    Returns:
+        (file name, caption) of each, for the card.
+    """
+    assert data.test is not None
+    pipe = VideoPredictionPipeline(f'local-dir:{folder}', 'cpu')
+    pipe.name = Path(folder).name
+    pipe(data.test.clip(0), horizon=data.test.shape[0] - pipe.num_frames).save(Path(folder) / 'prediction.png')
+    plot_horizon(report, Path(folder) / _HORIZON)
+    return [('prediction.png', 'the first test clip'), (_HORIZON, 'error of each future frame')]
 
 
 def plot_horizon(report: Mapping[str, Any], path: Union[str, Path]) -> None:

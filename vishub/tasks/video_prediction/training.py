@@ -150,7 +150,7 @@ class VideoPredictionRecipe(Recipe):
     def finish(self, model: nn.Module, result: TrainResult, config: TrainConfig) -> Path:
         """Store the weights as fp16, load what was stored, evaluate that, and store the figures beside it."""
         from vishub.hub import save_folder
-        from vishub.tasks.video_prediction.metrics import evaluate
+        from vishub.tasks.video_prediction.metrics import draw_pictures, evaluate
 
         # architecture without a tag: a fine-tuned model is no longer the tagged one
         architecture = self.model_name.split('/')[-1].split('.')[0]
@@ -169,6 +169,7 @@ class VideoPredictionRecipe(Recipe):
         for key in ('drop_rate', 'proj_drop_rate', 'drop_path_rate', 'pretrained'):  # they belong to training
             arguments.pop(key, None)
         save_folder(model, folder, metrics={}, card={}, model_args=arguments)
+        card = self.card(folder.name)
         metrics: Dict[str, Any] = {
             'data': self.data.name,
             'training': {
@@ -181,6 +182,30 @@ class VideoPredictionRecipe(Recipe):
         if self.data.test is not None:
             report = evaluate([f'local-dir:{folder}'], self.data, device=str(next(model.parameters()).device))
             metrics.update({key: report[key] for key in ('split', 'num_test', 'metrics', 'report', 'peers')})
-        save_folder(model, folder, metrics=metrics, card={}, model_args=arguments)
+            card['pictures'] = draw_pictures(folder, self.data, report)
+        save_folder(model, folder, metrics=metrics, card=card, model_args=arguments)
         logging.getLogger('vishub.training.main').info('stored %s: %s', folder, metrics.get('metrics'))
         return folder
+
+    def card(self, name: str) -> Dict[str, Any]:
+        """What the model card says besides figures."""
+        _, channels, height, width = self.data.shape
+        given = f'{self.num_frames} frames of {height} x {width}'
+        scale = 'means over pixels' if self.data.per_pixel else 'sums over the pixels of a frame'
+        return {
+            'description':
+                f'`{name.partition(".")[0]}` predicts the next {self.num_frames} frames from {given} pixels, any '
+                f'further ones from its own predictions. Trained on {self.data.name}. MSE and MAE are {scale}, means '
+                'over clips and frames' + ('; SSIM uses a data range of 2, as published figures do.' if 'ssim' in
+                                           self.data.metrics else '.'),
+            'use':
+                'import vishub\n\n'
+                f"pipe = vishub.pipeline('video_prediction', '{name}')\n"
+                f"result = pipe({'array' if self.data.per_pixel or channels == 2 else repr('clip.gif')}, "
+                f'horizon={3 * self.num_frames})\n'
+                "result.save('future.gif')  # true and predicted frames side by side; .mp4, .png, .npy, .json too\n",
+            'limits': [
+                f'It knows what moves in {self.data.name} and takes any clip for such.',
+                'Where several futures are possible it predicts their mean, which is blurred.',
+            ],
+        }
