@@ -58,7 +58,8 @@ def test_recipe_normalises_and_learns_the_wave(measurements, tmp_path):
     assert told['data'] == 'a wave' and told['num_test'] == 9
     # the stored figures are those of the stored weights, in the data's own unit
     readme = (result.folder / 'README.md').read_text()
-    assert "vishub.pipeline('video_prediction', 'predformer_tiny.wave')" in readme and 'classes' not in readme and 'means over pixels' in readme
+    assert "vishub.pipeline('video_prediction', 'predformer_tiny.wave')" in readme
+    assert 'classes' not in readme and 'means over pixels' in readme
     assert 'on the same data' in readme  # the baselines had no training
     assert all((result.folder / name).stat().st_size for name in ('prediction.png', 'horizon.png'))
     again = evaluate([f'local-dir:{result.folder}'], measurements)
