@@ -386,7 +386,8 @@ def draw_pictures(folder: Path, data: VideoData, report: Mapping[str, Any]) -> L
     assert data.test is not None
     pipe = VideoPredictionPipeline(f'local-dir:{folder}', 'cpu')
     pipe.name = Path(folder).name
-    pipe(data.test.clip(0), horizon=data.test.shape[0] - pipe.num_frames).save(Path(folder) / 'prediction.png')
+    result: Any = pipe(data.test.clip(0), horizon=data.test.shape[0] - pipe.num_frames)
+    result.save(Path(folder) / 'prediction.png')
     plot_horizon(report, Path(folder) / _HORIZON)
     return [('prediction.png', 'the first test clip'), (_HORIZON, 'error of each future frame')]
 
