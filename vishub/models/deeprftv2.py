@@ -75,11 +75,12 @@ class Conv1x1(nn.Conv2d):
     def __init__(self, in_dim: int, out_dim: int, bias: bool = True, device=None, dtype=None) -> None:
         super().__init__(in_dim, out_dim, 1, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor, scale: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C', H, W); `scale` (1, C', 1, 1) multiplies the output, by way of the weights."""
-        weight, bias = self.weight.flatten(1), self.bias
-        if scale is not None:
-            weight, bias = weight * scale.view(-1, 1), bias * scale.flatten()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+    def scaled(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """`scale` (1, C', 1, 1) times the output, by way of the weights: one pass over the map less."""
+        weight, bias = self.weight.flatten(1) * scale.view(-1, 1), self.bias * scale.flatten()
         return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
@@ -183,10 +184,10 @@ class NafBlock(nn.Module):
     def attended(self, s: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """s with channel attention, through a linear layer times `scale`."""
         mean = s.mean((2, 3), keepdim=True) if self.pool_size is None else box_mean(s, self.pool_size)
-        return self.conv3(s * self.sca(mean), scale)
+        return self.conv3.scaled(s * self.sca(mean), scale)
 
     def perceptron(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.conv5(simple_gate(self.conv4(self.norm2(x))), self.gamma)
+        return x + self.conv5.scaled(simple_gate(self.conv4(self.norm2(x))), self.gamma)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> the same."""
