@@ -42,12 +42,14 @@ def respaced_timesteps(sections: str, num_timesteps: int = NUM_TIMESTEPS) -> Lis
         raise InputError(f'cannot create exactly {count} of {num_timesteps} steps with an integer stride')
     counts = [_count(part, sections) for part in sections.split(',')]
     size, extra = divmod(num_timesteps, len(counts))
-    kept, start = [], 0
+    kept: List[int] = []
+    start = 0
     for number, count in enumerate(counts):
         length = size + (number < extra)
         if count > length:
             raise InputError(f"'{sections}': a section of {length} timesteps cannot give {count} steps")
-        stride, place = (length - 1) / (count - 1) if count > 1 else 1., 0.
+        stride = (length - 1) / (count - 1) if count > 1 else 1.
+        place = 0.
         for _ in range(count):
             kept.append(start + round(place))
             place += stride  # a running sum, as the official code: halves must round alike

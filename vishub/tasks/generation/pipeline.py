@@ -189,6 +189,7 @@ class GenerationPipeline(Pipeline):
     task = 'generation'
     default_model = 'lit_small28.fashion_mnist'
     takes_pictures = False
+    model: Any
 
     def __init__(
             self,
@@ -199,23 +200,24 @@ class GenerationPipeline(Pipeline):
             class_names: Optional[Sequence[str]] = None,
     ):
         super().__init__(model, device)
-        denoiser: Any = self.model
-        if not isinstance(denoiser, DiffusionTransformer):
+        if not isinstance(self.model, DiffusionTransformer):
             raise InputError(f"'{self.name}' does not generate pictures: give a model of the task generation")
-        self.takes_text = hasattr(denoiser, 'caption_embed')
-        self.latent = denoiser.in_chans not in (1, 3)
-        self.autoencoder = load_autoencoder(vae).to(self.device) if vae is not None else None
+        self.takes_text = hasattr(self.model, 'caption_embed')
+        self.latent = self.model.in_chans not in (1, 3)
+        self.autoencoder: Any = load_autoencoder(vae).to(self.device) if vae is not None else None
         self.text_encoder = text_encoder
         if text_encoder is not None and not self.takes_text:
             raise InputError(f"'{self.name}' takes classes, not texts: leave text_encoder out")
         if isinstance(text_encoder, (str, os.PathLike)):
             from vishub.tasks.generation.text import load_text_encoder
-            self.text_encoder = load_text_encoder(text_encoder, denoiser.max_tokens).to(self.device)
+            max_tokens: Any = self.model.max_tokens
+            self.text_encoder = load_text_encoder(text_encoder, max_tokens).to(self.device)
         self.class_names = class_names or pretrained_cfg_of(self.model).get('label_names')
         self.latent_scale = 8 if self.latent else 1
         if self.autoencoder is not None:
-            self.latent_scale = 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
-        height, width = denoiser.img_size
+            config: Any = self.autoencoder.config
+            self.latent_scale = 2 ** (len(config.block_out_channels) - 1)
+        height, width = self.model.img_size
         self.picture_size = (height * self.latent_scale, width * self.latent_scale)
 
     def __call__(
@@ -256,7 +258,7 @@ class GenerationPipeline(Pipeline):
             MissingExtraError: If diffusers is not installed.
         """
         several = isinstance(prompt, (list, tuple))
-        prompts: List[ClassOrText] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        prompts: List[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         guidance = guidance_scale if guidance_scale is not None else 4.5 if self.takes_text else 2.
         self._check(num_images, guidance, seed, frames, batch_size)
         check_steps(solver, num_inference_steps)
@@ -375,7 +377,7 @@ class GenerationPipeline(Pipeline):
 
     def _denoiser(self, named: List[Tuple[str, Optional[int]]], guidance: float) -> Callable[..., torch.Tensor]:
         """The model under guidance, for the prompts of one batch."""
-        model: Any = self.model
+        model = self.model
         if self.takes_text:
             captions, mask = (part.to(self.device) for part in self.text_encoder([name for name, _ in named]))
             if guidance == 1:
@@ -390,7 +392,7 @@ class GenerationPipeline(Pipeline):
     @torch.inference_mode()
     def _decode(self, x: torch.Tensor) -> List[Image.Image]:
         if self.autoencoder is not None and self.latent:
-            config: Any = self.autoencoder.config
+            config = self.autoencoder.config
             latents = x / config.scaling_factor + (getattr(config, 'shift_factor', None) or 0.)
             # one by one: at full size a decoder takes more memory than the denoiser
             x = torch.cat([self.autoencoder.decode(one[None]).sample for one in latents])

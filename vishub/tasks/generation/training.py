@@ -81,7 +81,7 @@ class GenerationRecipe(Recipe):
         self.teacher_name, self.inherit = teacher, inherit
         self.weights = (noise_weight, variance_weight)
         cfg = self._architecture_cfg()
-        self.autoencoder = load_autoencoder(vae) if vae else None
+        self.autoencoder: Any = load_autoencoder(vae) if vae else None
         channels = in_chans or (cfg['input_size'][0] if vae is None else 3)
         self.data = data if isinstance(data, ImageData) else load_data(data, channels)
         if self.data.train.in_chans != channels:
@@ -93,7 +93,7 @@ class GenerationRecipe(Recipe):
         self.num_inference_steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.tag, self.command = tag or self.data.tag, command
         self.diffusion = Diffusion()
-        self.teacher: Optional[nn.Module] = None
+        self.teacher: Any = None
         self._judge: Optional[Tuple[Judge, Any]] = None
         self._remarks: List[str] = []
 
@@ -105,7 +105,7 @@ class GenerationRecipe(Recipe):
         row = catalog.find(name)  # an unknown name is answered with the nearest ones
         if not isinstance(row, catalog.Architecture) or row.task != 'generation':
             raise InputError(f"'{self.model_name}' does not generate pictures: give a model of the task generation")
-        cfg = timm.get_pretrained_cfg(name)
+        cfg: Any = timm.get_pretrained_cfg(name)
         if not cfg.num_classes:
             raise InputError(f"'{self.model_name}' is not a model of classes, and this recipe has no captions")
         return {**cfg.to_dict(), **({'input_size': (self.model_args['in_chans'], 0, 0)}
@@ -122,7 +122,7 @@ class GenerationRecipe(Recipe):
     def build_model(self) -> nn.Module:
         import timm
         try:
-            model = timm.create_model(
+            model: Any = timm.create_model(
                 self.model_name.removeprefix('vishub/'), num_classes=len(self.data.classes), **self.model_args)
         except (TypeError, ValueError) as error:
             raise InputError(f"model '{self.model_name}' refuses its arguments {self.model_args}: {error}") from error
@@ -151,7 +151,7 @@ class GenerationRecipe(Recipe):
     def remarks(self) -> Sequence[str]:
         return self._remarks
 
-    def train_mode(self, model: nn.Module) -> None:
+    def train_mode(self, model: Any) -> None:
         # Labels are dropped by `prepare`, so that student and teacher miss the same ones.
         model.label_embed.eval()
 
@@ -215,7 +215,7 @@ class GenerationRecipe(Recipe):
             pipe, self.num_samples, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
         return compare_to_real(judge, pictures, labels, real_statistics)
 
-    def finish(self, model: nn.Module, result: TrainResult, config: TrainConfig) -> Path:
+    def finish(self, model: Any, result: TrainResult, config: TrainConfig) -> Path:
         """Store the weights and, where the classes have a judge, figures of the stored weights and a sample sheet."""
         from vishub.hub import save_folder
         from vishub.tasks.generation.metrics import evaluate, update_card
@@ -228,8 +228,7 @@ class GenerationRecipe(Recipe):
             mean=(0.5,) * self.data.train.in_chans, std=(0.5,) * self.data.train.in_chans,
             hf_hub_id=f'vishub/{architecture}.{self.tag}', license='apache-2.0',
         )
-        holder: Any = model
-        holder.pretrained_cfg = holder.default_cfg = {**pretrained_cfg_of(model), **changes}
+        model.pretrained_cfg = model.default_cfg = {**pretrained_cfg_of(model), **changes}
         metrics = {
             'data': self.data.name,
             'training': {
