@@ -1,4 +1,5 @@
 """The page: a header, one tab a task, a footer."""
+import inspect
 import os
 import socket
 from dataclasses import dataclass
@@ -47,7 +48,9 @@ def build_app() -> gr.Blocks:
     # Uploads and drawn results older than an hour are deleted, looked for every ten minutes.
     with gr.Blocks(title='vishub', analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.HTML(_HEADER, elem_id='vh-header')
-        with gr.Tabs(elem_id='vh-tabs'):
+        # On a phone all tabs stay in sight, in several rows; older versions of Gradio hide some behind a menu.
+        rows = {'overflow_behavior': 'wrap'} if 'overflow_behavior' in inspect.signature(gr.Tabs).parameters else {}
+        with gr.Tabs(elem_id='vh-tabs', **rows):
             for tab in TABS:
                 with gr.Tab(tab.title, id=tab.id) as container:
                     tab.build(container)
