@@ -48,11 +48,11 @@ def respaced_timesteps(sections: str, num_timesteps: int = NUM_TIMESTEPS) -> Lis
         length = size + (number < extra)
         if count > length:
             raise InputError(f"'{sections}': a section of {length} timesteps cannot give {count} steps")
-        stride = (length - 1) / (count - 1) if count > 1 else 1.
+        spacing = (length - 1) / (count - 1) if count > 1 else 1.
         place = 0.
         for _ in range(count):
             kept.append(start + round(place))
-            place += stride  # a running sum, as the official code: halves must round alike
+            place += spacing  # a running sum, as the official code: halves must round alike
         start += length
     return kept
 
