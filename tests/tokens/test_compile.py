@@ -13,7 +13,9 @@ METHODS = {
     'token_transforming': dict(keep={0: 0.6}),
     'pyra': dict(r=[4, 2], lora=4),
 }
-CASES = [('vit', method) for method in METHODS] + [('eva02', 'tome'), ('beit', 'zero_tprune'), ('nvit', 'tome')]
+CASES = [('vit', method) for method in METHODS] + [
+    ('eva02', 'tome'), ('beit', 'zero_tprune'), ('nvit', 'tome'),
+    ('siglip', 'tome'), ('eva_rope_mixed', 'token_transforming')]
 
 
 @pytest.mark.parametrize('name, method', CASES)
