@@ -7,8 +7,9 @@
         hub.fail('break', 'model.safetensors', after=1000)   # the next GET of that file ends after 1000 bytes
 
 It keeps repositories (models, data sets and Spaces) as lists of commits, branches and tags, stores uploads by their
-SHA-256 as Git LFS does, and writes down every request. Xet's storage is a folder that the client writes to itself, if `hub.xet`
-names one; what lies there cannot be downloaded again. With `hub.lfs_from = None` all files come inside the commit.
+SHA-256 as Git LFS does, and writes down every request. Xet's storage is a folder that the client writes to itself, if
+`hub.xet` names one; what lies there cannot be downloaded again. With `hub.lfs_from = None` all files come inside the
+commit.
 """
 import base64
 import hashlib
