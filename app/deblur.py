@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import gradio as gr
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from vishub import InputError
 from vishub.tasks import drawing
@@ -172,9 +172,13 @@ def _psnr(pixels: np.ndarray, sharp: np.ndarray, white: int) -> float:
 def _kernels(done: Done) -> Image.Image:
     """The estimated blur and the filters; the true kernel beside the estimate where it is known."""
     picture = done.result.kernel_picture()
+    side, head = picture.width // 2, 64  # the component's label lies over the upper edge
+    canvas = Image.new('RGB', (picture.width, picture.height + head), drawing.PAPER)
+    canvas.paste(picture, (0, head))
+    draw = ImageDraw.Draw(canvas)
     if done.kernel is None:
-        return picture
-    side = picture.width // 2
+        draw.text((side // 2, head - 26), 'estimated blur', fill=drawing.INK, font=drawing.font(16))
+        return canvas
     size, own = len(done.result.blur), len(done.kernel)
     whole = np.zeros((max(size, own),) * 2, np.float32)
     start = (len(whole) - own) // 2
@@ -182,10 +186,11 @@ def _kernels(done: Done) -> Image.Image:
     true = Image.fromarray(drawing.heat_colours(np.sqrt(whole / whole.max())))
     true = true.resize((side - 4, side - 4), Image.Resampling.NEAREST)
     found = picture.crop((side // 2, 0, side // 2 + side, side)).resize((side - 4, side - 4))
-    picture.paste(drawing.PAPER, (0, 0, picture.width, side))
-    picture.paste(true, (0, 0))
-    picture.paste(found, (side + 4, 0))
-    return picture
+    canvas.paste(drawing.PAPER, (0, head, picture.width, head + side))
+    for left, title, one in ((0, 'true blur', true), (side + 4, 'estimated blur', found)):
+        draw.text((left, head - 26), title, fill=drawing.INK, font=drawing.font(16))
+        canvas.paste(one, (left, head))
+    return canvas
 
 
 def _facts(facts: Dict[str, str]) -> str:
@@ -233,7 +238,7 @@ def build(tab: gr.Tab) -> None:
             download = gr.DownloadButton(
                 'Download in the original format', interactive=False, elem_id='vh-deblur-download')
             kernels = gr.Image(
-                label='Blur: the true one if it was made here, then the estimate; below, filters of the model',
+                label='Blur, and filters of the model',
                 interactive=False, format='png', buttons=['download', 'fullscreen'], elem_id='vh-deblur-kernels')
             facts = gr.HTML(elem_id='vh-deblur-facts')
 

@@ -42,7 +42,8 @@ class _Pictures:
     """Decoded pictures, kept in memory up to a limit."""
 
     def __init__(self, limit: int = 1 << 29):
-        self.free, self.kept = limit, {}
+        self.free = limit
+        self.kept: Dict[Path, np.ndarray] = {}
 
     def __getitem__(self, path: Path) -> np.ndarray:
         """uint8, H x W x 3."""
@@ -239,7 +240,8 @@ def load_data(path: Union[str, Path]) -> DeblurData:
 def _with_validation(name: str, tag: str, train: List[Any], test: List[Any]) -> DeblurData:
     held_out = train[19::20]
     kept = [pair for i, pair in enumerate(train) if i % 20 != 19]
-    return DeblurData(name, tag, *(Pairs(pairs) if pairs else None for pairs in (kept, held_out, test)))
+    splits = [Pairs(pairs) if pairs else None for pairs in (kept, held_out, test)]
+    return DeblurData(name, tag, *splits)
 
 
 def _realblur(folder: Path) -> Optional[DeblurData]:

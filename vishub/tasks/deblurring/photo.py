@@ -8,7 +8,7 @@ import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, BinaryIO, Dict, Optional, Tuple, Union, cast
 
 import numpy as np
 import torch
@@ -129,12 +129,12 @@ def read_photo(image: ImageInput) -> Photo:
         content = bytes(image)
         checked = decode_image(content)
     elif callable(getattr(image, 'read', None)):
-        kept = _Kept(image)
-        checked = decode_image(kept)  # says what is wrong with the file object
+        kept: Any = _Kept(image)
+        checked = decode_image(cast(BinaryIO, kept))  # says what is wrong with the file object
         content = kept.content
     else:
         checked = decode_image(image)  # says what is wrong with the path, or with what is none
-        content = Path(os.fsdecode(image)).read_bytes()
+        content = Path(os.fsdecode(cast(str, image))).read_bytes()
     source = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else None
     with Image.open(io.BytesIO(content)) as opened:
         opened.load()

@@ -5,7 +5,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union, cast
 
 import numpy as np
 import torch
@@ -177,7 +177,7 @@ class VideoDeblurResult(Result):
         """`.mp4` for the video; else as any result."""
         if Path(path).suffix.lower() != '.mp4':
             return super().save(path)
-        with atomic_path(path) as temporary:
+        with atomic_path(Path(path)) as temporary:
             temporary.write_bytes(self.path.read_bytes())
         return Path(path)
 
@@ -222,13 +222,13 @@ class DeblurringPipeline(Pipeline):
         Raises:
             InputError: If a picture cannot be decoded, or an option is out of range.
         """
-        options = dict(tile_size=tile_size, tile_overlap=tile_overlap, strength=strength)
+        options: Dict[str, Any] = dict(tile_size=tile_size, tile_overlap=tile_overlap, strength=strength)
         _check_options(**options)
         if isinstance(image, (list, tuple)):
             return self.run_batches(image, lambda batch: [self(item, **options) for item in batch], 1, progress)
         if isinstance(image, (str, os.PathLike)) and Path(os.fsdecode(image)).suffix.lower() in VIDEO_SUFFIXES:
             return self.video(image, progress=progress, **options)
-        return self.sharpen(read_photo(image), progress=progress, **options)
+        return self.sharpen(read_photo(cast(ImageInput, image)), progress=progress, **options)
 
     def sharpen(
             self,

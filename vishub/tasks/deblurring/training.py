@@ -14,7 +14,7 @@ from vishub.errors import InputError
 from vishub.models.deeprftv2 import DeblurOutput, half_size
 from vishub.tasks.base import pretrained_cfg_of
 from vishub.tasks.classification.training import describe_hardware
-from vishub.tasks.deblurring.data import DeblurData, TrainingCrops, load_data
+from vishub.tasks.deblurring.data import DeblurData, Pairs, Photos, TrainingCrops, load_data
 from vishub.training.config import TrainConfig
 from vishub.training.loop import TrainResult
 from vishub.training.processes import gather_shares, my_share
@@ -88,12 +88,14 @@ class DeblurringRecipe(Recipe):
     ):
         self.model_name, self.model_args = model.removeprefix('vishub/'), dict(model_args or {})
         row = catalog.find(self.model_name)
-        architecture = row if isinstance(row, catalog.Architecture) else catalog.find(row.architecture)
+        architecture = catalog.find(row.architecture) if isinstance(row, catalog.Weight) else row
+        assert isinstance(architecture, catalog.Architecture)
         if architecture.task != 'deblurring':
             raise InputError(f"'{model}' is for {architecture.task}, not for deblurring: give deeprftv2_tiny, _s or _b")
         self.data = data if isinstance(data, DeblurData) else load_data(data)
         if self.data.train is None:
             raise InputError(f'{self.data.name} has no training split')
+        self.train: Union[Photos, Pairs] = self.data.train
         self.reversible, self.crops, self.fourier_weight = reversible, crops, fourier_weight
         self.val = None if self.data.val is None else self.data.val.take(num_val)
         self.val_side, self.seed, self.command = val_side, seed, command
@@ -104,8 +106,8 @@ class DeblurringRecipe(Recipe):
             'model': self.model_name, 'model_args': self.model_args, 'data': self.data.name, 'crops': self.crops,
             'fourier_weight': self.fourier_weight,
         }
-        if self.data.train.synthetic:
-            described.update(shake=list(self.data.train.lengths), noise=self.data.train.noise)
+        if isinstance(self.train, Photos):
+            described.update(shake=list(self.train.lengths), noise=self.train.noise)
         return described
 
     def build_model(self) -> nn.Module:
@@ -116,11 +118,12 @@ class DeblurringRecipe(Recipe):
             model = timm.create_model(self.model_name, **self.model_args)
         except (TypeError, ValueError) as error:
             raise InputError(f"model '{self.model_name}' refuses its arguments {self.model_args}: {error}") from error
-        model.set_grad_checkpointing(self.reversible)
+        holder: Any = model
+        holder.set_grad_checkpointing(self.reversible)
         return model
 
     def train_set(self) -> TrainingCrops:
-        return TrainingCrops(self.data.train, self.crops, self.seed)
+        return TrainingCrops(self.train, self.crops, self.seed)
 
     def prepare(
             self, batch: Dict[str, torch.Tensor], side: int, training: bool) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -180,7 +183,7 @@ class DeblurringRecipe(Recipe):
                 'command': self.command, 'seed': config.seed, 'epochs': config.epochs,
                 'resolution': [list(phase) for phase in config.resolution], 'wall_s': round(result.wall_s, 1),
                 'hardware': describe_hardware(next(model.parameters()).device),
-                'samples': len(self.data.train), 'recipe': {**self.describe(), **config.fingerprint()},
+                'samples': len(self.train), 'recipe': {**self.describe(), **config.fingerprint()},
             },
         }
         if self.data.test is not None or self.data.val is not None:
