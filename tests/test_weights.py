@@ -25,10 +25,10 @@ def test_folder_is_a_complete_hub_repository(name):
     card = (folder / 'README.md').read_text(encoding='utf-8')
     metrics = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
     row = catalog.find(name)
-    assert f'{metrics["metrics"]["top1"]:.2f}' in card
+    assert f'{metrics["metrics"][row.metric]:.2f}' in card
     assert metrics['data'] in card
     assert row.value == pytest.approx(metrics['metrics'][row.metric])
-    for link in ('robustness.png',):
+    for link in ('robustness.png', 'samples.png'):
         assert link not in card or (folder / link).is_file(), f'{name}: the card shows {link}, which is not there'
 
 
@@ -48,15 +48,17 @@ def test_registered_tag_agrees_with_the_stored_configuration(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_same_model_by_every_name(name):
     by_folder = timm.create_model(f'local-dir:{ROOT / "weights" / name}', pretrained=True).eval()
-    image = torch.rand(2, *by_folder.pretrained_cfg['input_size'])
+    arguments = torch.rand(2, *by_folder.pretrained_cfg['input_size']),
+    if hasattr(by_folder, 'example_inputs'):
+        arguments = by_folder.example_inputs(2)
     with torch.no_grad():
-        expected = by_folder(image)
+        expected = by_folder(*arguments)
         for model in (
                 timm.create_model(name, pretrained=True),
                 timm.create_model(f'vishub/{name}', pretrained=True),
                 vishub.create_model(name, pretrained=True),
         ):
-            torch.testing.assert_close(model.eval()(image), expected)
+            torch.testing.assert_close(model.eval()(*arguments), expected)
 
 
 def test_architecture_alone_takes_its_first_weights():

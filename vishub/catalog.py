@@ -320,6 +320,15 @@ _ARCHITECTURES = (
 # name, data, metric, value, sha256, size, licence
 _WEIGHTS: Tuple[Weight, ...] = (
     Weight(
+        name='dit_small28.fashion_mnist',
+        data='Fashion-MNIST',
+        metric='agreement',
+        value=94.5,
+        sha256='78a9b159d04413918fd3cb953fb888b40afdec92e2bc49afc146ef261bdb3718',
+        size=3761320,
+        licence='apache-2.0',
+    ),
+    Weight(
         name='favit_b2.cifar10',
         data='CIFAR-10 (JPEG)',
         metric='top1',
@@ -362,6 +371,15 @@ _WEIGHTS: Tuple[Weight, ...] = (
         value=87.56,
         sha256='5851a4765e13a7b14b9d3a8fa83d8da8e4d1ada7bc74b3c71dbd60a664a779de',
         size=1238212,
+        licence='apache-2.0',
+    ),
+    Weight(
+        name='lit_small28.fashion_mnist',
+        data='Fashion-MNIST',
+        metric='agreement',
+        value=92.7,
+        sha256='bcd467b47ca7aae3b13fbb52adbf88eb590f5fca954dae45617fb495359751ce',
+        size=3803400,
         licence='apache-2.0',
     ),
     Weight(

@@ -633,6 +633,9 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 _LATENT_64 = dict(input_size=(4, 64, 64))
+SMALL28 = dict(num_classes=10, input_size=(1, 28, 28), mean=(0.5,), std=(0.5,), license='apache-2.0')
+FASHION_MNIST = dict(SMALL28, label_names=(
+    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'))
 
 # Official weights are not for commercial use and are never downloaded.
 default_cfgs = generate_default_cfgs({
@@ -652,8 +655,8 @@ default_cfgs = generate_default_cfgs({
     'dit_b_2_512': _cfg(**_LATENT_64),
     'dit_l_2_512': _cfg(**_LATENT_64),
     'dit_xl_2_512': _cfg(**_LATENT_64),
-    'dit_small28': _cfg(
-        num_classes=10, input_size=(1, 28, 28), mean=(0.5,), std=(0.5,), license='apache-2.0'),
+    'dit_small28': _cfg(**SMALL28),
+    'dit_small28.fashion_mnist': _cfg(hf_hub_id='vishub/dit_small28.fashion_mnist', **FASHION_MNIST),
 })
 
 _S = dict(embed_dim=384, depth=12, num_heads=6)

@@ -29,7 +29,15 @@ from timm.layers import to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from vishub.models.dit import DiffusionTransformer, Mlp, build_diffusion_model, checkpoint_filter_fn, modulate
+from vishub.models.dit import (
+    FASHION_MNIST,
+    SMALL28,
+    DiffusionTransformer,
+    Mlp,
+    build_diffusion_model,
+    checkpoint_filter_fn,
+    modulate,
+)
 
 __all__ = [
     'LinearAttention', 'LinearDiffusionTransformer', 'TextToImageTransformer', 'checkpoint_filter_fn',
@@ -490,7 +498,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 _LATENT_64 = dict(input_size=(4, 64, 64))
 
-# No official weights were seen.
+# No official weights were seen. The tag is trained by this project.
 default_cfgs = generate_default_cfgs({
     'lit_s_2': _cfg(),
     'lit_b_2': _cfg(),
@@ -500,7 +508,8 @@ default_cfgs = generate_default_cfgs({
     'lit_b_2_512': _cfg(**_LATENT_64),
     'lit_l_2_512': _cfg(**_LATENT_64),
     'lit_xl_2_512': _cfg(**_LATENT_64),
-    'lit_small28': _cfg(num_classes=10, input_size=(1, 28, 28), mean=(0.5,), std=(0.5,)),
+    'lit_small28': _cfg(**SMALL28),
+    'lit_small28.fashion_mnist': _cfg(hf_hub_id='vishub/lit_small28.fashion_mnist', **FASHION_MNIST),
     'lit_t2i_xl_2_512': _cfg(num_classes=0, classifier=None, **_LATENT_64),
     'lit_t2i_xl_2_1024': _cfg(num_classes=0, classifier=None, input_size=(4, 128, 128)),
 })
