@@ -19,7 +19,7 @@ def list_command(
         pretrained: bool = typer.Option(False, '--pretrained', help='Only models that have trained weights.'),
         as_json: bool = typer.Option(False, '--json', help='Print a JSON list.'),
         markdown: bool = typer.Option(
-            False, '--markdown', help='Print a table as README has it: models, or with --pretrained weights and peers.'),
+            False, '--markdown', help='Print tables as README has them: models, or --pretrained weights and peers.'),
 ) -> None:
     """List the models: what each is for, its default input, and the weights it has with their main figure."""
     from vishub.listing import figure, markdown_table, model_rows, peers_table, weights_table

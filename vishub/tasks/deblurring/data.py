@@ -240,8 +240,8 @@ def load_data(path: Union[str, Path]) -> DeblurData:
 def _with_validation(name: str, tag: str, train: List[Any], test: List[Any]) -> DeblurData:
     held_out = train[19::20]
     kept = [pair for i, pair in enumerate(train) if i % 20 != 19]
-    splits = [Pairs(pairs) if pairs else None for pairs in (kept, held_out, test)]
-    return DeblurData(name, tag, *splits)
+    splits = (Pairs(pairs) if pairs else None for pairs in (kept, held_out, test))
+    return DeblurData(name, tag, *splits)  # type: ignore[arg-type]  # of three
 
 
 def _realblur(folder: Path) -> Optional[DeblurData]:
