@@ -61,11 +61,14 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 
 
 def measure(calls: Dict[str, Callable[[], object]], rounds: int, device: str, threads: int) -> Dict[str, Any]:
-    """Median seconds and peak bytes of each call."""
-    seconds = take_turns({name: timer(call, device, threads) for name, call in calls.items()}, rounds)
-    return {
-        name: {'seconds': statistics.median(seconds[name]), 'bytes': peak_bytes(call, device)}
-        for name, call in calls.items()}
+    """Median seconds and peak bytes of each call; looking at the memory warms up."""
+    peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+    timers = {name: timer(call, device, threads) for name, call in calls.items()}
+    if rounds == 1:
+        seconds = {name: [measure_it()] for name, measure_it in timers.items()}
+    else:
+        seconds = take_turns(timers, rounds)
+    return {name: {'seconds': statistics.median(seconds[name]), 'bytes': peaks[name]} for name in calls}
 
 
 def grid_of(tokens: int) -> int:
@@ -153,6 +156,17 @@ def time_sampling(models: List[str], rounds: int, device: str) -> Dict[str, Any]
     return {model: {'median': statistics.median(times), 'all': times} for model, times in seconds.items()}
 
 
+def write(report: Dict[str, Any], folder: Path, name: str) -> str:
+    """Write JSON, Markdown and the plot; returns the Markdown."""
+    facts = ', '.join(f'{key} {value}' for key, value in report['setting'].items())
+    text = f'# Softmax and linear attention\n\n{facts}.\n' + ''.join(
+        f'\n## {report["titles"][part]}\n\n{table(report[part])}' for part in ('attention', 'network') if report[part])
+    (folder / f'linear_attention_{name}.json').write_text(json.dumps(report, indent=2) + '\n')
+    (folder / f'linear_attention_{name}.md').write_text(text)
+    draw(report, folder / f'linear_attention_{name}.png')
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--tokens', nargs='+', type=int, default=TOKENS, help='square numbers')
@@ -195,12 +209,7 @@ def main() -> None:
         if args.network:
             report['network'].append({'tokens': tokens, 'figures': measure_network(tokens, **options)})
         print(f'{tokens} tokens: done', file=sys.stderr, flush=True)
-    facts = ', '.join(f'{key} {value}' for key, value in setting.items())
-    text = f'# Softmax and linear attention\n\n{facts}.\n' + ''.join(
-        f'\n## {report["titles"][part]}\n\n{table(report[part])}' for part in ('attention', 'network') if report[part])
-    (args.output / f'linear_attention_{name}.json').write_text(json.dumps(report, indent=2) + '\n')
-    (args.output / f'linear_attention_{name}.md').write_text(text)
-    draw(report, args.output / f'linear_attention_{name}.png')
+        text = write(report, args.output, name)  # after each size: the last ones take long
     print(text)
 
 
