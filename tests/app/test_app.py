@@ -1,4 +1,5 @@
 """The demo without a browser: what its handlers say, what it keeps in memory, what it serves to whom."""
+import importlib
 import importlib.util
 import logging
 import re
@@ -15,7 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from app.classify import NO_MODELS, classify, examples_for
+from app.classify import classify, examples_for
 from app.examples import EXAMPLES, FOLDER
 from app.main import TABS, build_app, launch
 from app.messages import error_sentence
@@ -217,10 +218,13 @@ def test_examples_suit_the_model(served_weights):
 
 
 def test_without_weights_the_page_says_so(monkeypatch):
-    for tab in ('classify', 'predict', 'tokens'):
-        monkeypatch.setattr(f'app.{tab}.trained_models', lambda task: [])
+    tabs = [importlib.import_module(f'app.{tab}') for tab in ('classify', 'generate', 'deblur', 'predict', 'tokens')]
+    for tab in tabs:
+        monkeypatch.setattr(tab, 'trained_models', lambda task: [])
     config = build_app().get_config_file()
-    assert any(NO_MODELS in str(part['props'].get('value')) for part in config['components'])
+    shown = [str(part['props'].get('value')) for part in config['components']]
+    for tab in tabs:
+        assert any(tab.NO_MODELS in text for text in shown)
     assert not any(part['type'] == 'image' for part in config['components'])
 
 

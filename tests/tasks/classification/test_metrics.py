@@ -287,7 +287,7 @@ def test_evaluate_writes_report_plots_and_card(stored, tmp_path, capsys):
     peer, = report['peers']
     assert peer['name'] == 'favit_small64.other with depths=[1, 1, 1, 1]' and peer['wall_s'] == 90
     assert peer['num_params'] > report['num_params'] and set(peer) == {
-        'name', 'num_params', 'metrics', 'wall_s', 'epochs'}
+        'name', 'num_params', 'input_size', 'metrics', 'wall_s', 'epochs'}
     assert report['robustness']['num_images'] == 4
     assert list(report['robustness']['models']) == ['favit_small64.pets', peer['name']]
 
