@@ -4,10 +4,10 @@ import json
 import pytest
 import timm
 import torch
-from hub_server import HubServer, User
 from huggingface_hub import close_session, constants
 from sample_weights import METRICS, NAME
 
+from tests.hub_server import HubServer, User
 from vishub import catalog
 from vishub.hub import find, save_folder
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import HubServer
 from PIL import Image
+
+from tests.hub_server import HubServer
 
 pytest.importorskip('datasets')
 pa = pytest.importorskip('pyarrow')

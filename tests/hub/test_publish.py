@@ -15,12 +15,12 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import User
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from sample_weights import METRICS, NAME
 
 import vishub
+from tests.hub_server import User
 from vishub import cli
 from vishub.files import sha256
 from vishub.hub import find, save_folder

@@ -176,3 +176,34 @@ def test_evaluate_refuses(judge, generator, monkeypatch):
     monkeypatch.setenv(metrics.INCEPTION_VARIABLE, '/nowhere/inception.pth')
     with pytest.raises(InputError, match='no file'):
         evaluate([str(generator)], data(), **options)
+
+
+def test_inception_distance(tmp_path, monkeypatch):
+    inception = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3')
+    # The published weights are no part of any package: random ones, of the same network, go through the same file.
+    with monkeypatch.context() as patch:
+        patch.setattr(inception.FeatureExtractorInceptionV3, 'load_state_dict', lambda *args: None)
+        patch.setattr(inception, 'load_state_dict_from_url', lambda *args, **kwargs: {})
+        torch.manual_seed(0)
+        network = inception.FeatureExtractorInceptionV3('inception', ['2048'])
+    torch.save(network.state_dict(), tmp_path / 'inception.pth')
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    here = torch.device('cpu')
+
+    def distance(other):
+        return metrics.inception_distance(tmp_path / 'inception.pth', pictures, other, here)
+
+    assert distance(pictures) == pytest.approx(0, abs=1e-3) and distance(pictures // 4) > 1e-2
+
+    torch.save({'Conv2d_1a_3x3.conv.weight': torch.zeros(1)}, tmp_path / 'other.pth')
+    with pytest.raises(InputError, match="not torch-fidelity's Inception"):
+        metrics.inception_distance(tmp_path / 'other.pth', pictures, pictures, here)
+
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / 'it ran',)
+
+    torch.save({'fc.bias': Trap()}, tmp_path / 'trap.pth')
+    with pytest.raises(InputError, match='is refused'):
+        metrics.inception_distance(tmp_path / 'trap.pth', pictures, pictures, here)
+    assert not (tmp_path / 'it ran').exists()

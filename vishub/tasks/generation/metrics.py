@@ -5,6 +5,7 @@ Class agreement is the share of pictures that the judge takes for the class that
 same judge and number of pictures. The FID itself is measured where the Inception weights are at hand.
 """
 import dataclasses
+import io
 import json
 import os
 from pathlib import Path
@@ -165,20 +166,30 @@ def inception_distance(
     """The FID of Heusel et al. between pictures (H, W, C), uint8, by torch-fidelity's Inception.
 
     Args:
-        path: torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`.
+        path: torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`; read as data, nothing in it is run.
         pictures: Generated ones.
         real: Real ones.
         device: Where to compute.
 
     Raises:
-        InputError: If the file is not there.
+        InputError: If the file is not there, or is not that network's.
         MissingExtraError: If torch-fidelity is not installed.
     """
     if not Path(path).is_file():
         raise InputError(f"{INCEPTION_VARIABLE} is '{path}', where there is no file")
     import_extra('torch_fidelity', 'generate')
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    network = FeatureExtractorInceptionV3('inception', ['2048'], feature_extractor_weights_path=str(path)).to(device)
+
+    from vishub.hub.convert import read_checkpoint
+    # torch-fidelity would unpickle the file, whatever is in it: it gets tensors that are known to be nothing else.
+    safe = io.BytesIO()
+    torch.save(read_checkpoint(path), safe)
+    safe.seek(0)
+    try:
+        network = FeatureExtractorInceptionV3('inception', ['2048'], feature_extractor_weights_path=safe).to(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"'{path}' is not torch-fidelity's Inception: give weights-inception-2015-12-05-6726825d.pth") from error
 
     @torch.no_grad()
     def features(images: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""A package, so that the `tests` that torch-fidelity installs does not hide it."""
