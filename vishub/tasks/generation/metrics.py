@@ -183,7 +183,7 @@ def inception_distance(
     from vishub.hub.convert import read_checkpoint
     # torch-fidelity would unpickle the file, whatever is in it: it gets tensors that are known to be nothing else.
     safe = io.BytesIO()
-    torch.save(read_checkpoint(path), safe)
+    torch.save(read_checkpoint(Path(path)), safe)
     safe.seek(0)
     try:
         network = FeatureExtractorInceptionV3('inception', ['2048'], feature_extractor_weights_path=safe).to(device)
