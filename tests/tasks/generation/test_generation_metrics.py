@@ -193,7 +193,7 @@ def test_inception_distance(tmp_path, monkeypatch):
     def distance(other):
         return metrics.inception_distance(tmp_path / 'inception.pth', pictures, other, here)
 
-    assert distance(pictures) == pytest.approx(0, abs=1e-3) and distance(pictures // 4) > 1e-2
+    assert distance(pictures) == 0 < distance(pictures // 4)  # tiny: a random network hardly tells pictures apart
 
     torch.save({'Conv2d_1a_3x3.conv.weight': torch.zeros(1)}, tmp_path / 'other.pth')
     with pytest.raises(InputError, match="not torch-fidelity's Inception"):
