@@ -249,7 +249,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
             for file in range(100):
                 (tmp_path / f'{number}' / f'{folder:02}' / f'{file:03}.png').touch()
         tries = []
-        for attempt in range(2):  # threads that other tests left in this process may allocate, too: the lower peak counts
+        for attempt in range(2):  # other tests' threads may allocate in this process, too: the lower peak counts
             tracemalloc.start()
             report = predict_table(
                 thin, [str(tmp_path / f'{number}')], tmp_path / f'{number}-{attempt}.jsonl', workers=0, part_size=50)
