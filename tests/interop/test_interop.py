@@ -180,10 +180,11 @@ def test_versions():
         assert importlib.metadata.version(package).partition('+')[0] == matrix.pins()[package]
 
 
+@pytest.mark.skipif(
+    not any(shutil.which(compiler) for compiler in ('g++', 'clang++', 'c++')),
+    reason='inductor writes C++, and this machine has no compiler for it: install g++')
 def test_inductor():
     """PyTorch's own code generator, on one block a stage (it takes minutes for a whole model)."""
-    if not any(shutil.which(compiler) for compiler in ('g++', 'clang++', 'c++')):
-        pytest.skip('inductor needs a C++ compiler')
     torch._dynamo.reset()
     model = build('favit_small64', depths=(1, 1, 1, 1))
     x = images('favit_small64')

@@ -180,11 +180,18 @@ class Pipeline(abc.ABC):
         Raises:
             InputError: If this task writes no tables.
         """
-        raise InputError(f"the task '{self.task}' writes no tables: give a folder as output")
+        raise self._no_tables()
 
     def rows(self, batch: torch.Tensor, facts: Sequence[Any], **options: Any) -> List[Dict[str, Any]]:
-        """Run the model on what `preparer()` made, stacked: one row of a table for each file."""
-        raise NotImplementedError
+        """Run the model on what `preparer()` made, stacked: one row of a table for each file.
+
+        Raises:
+            InputError: If this task writes no tables.
+        """
+        raise self._no_tables()
+
+    def _no_tables(self) -> InputError:
+        return InputError(f"the task '{self.task}' writes no tables: give a folder as output")
 
     @staticmethod
     def run_batches(

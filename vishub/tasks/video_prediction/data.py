@@ -3,6 +3,7 @@
 Every set gives clips (T, C, H, W) of a length that is asked for, the given frames followed by the future ones: uint8
 for pictures (255 is 1), float32 for measurements.
 """
+import abc
 import dataclasses
 from pathlib import Path
 from typing import Optional, Sequence, Tuple, Union
@@ -23,7 +24,7 @@ _VAL_CLIPS, _TEST_CLIPS = 200, 1000  # of Moving MNIST, where they are generated
 _FIXED = 2 ** 32 - 1  # stands for the epoch in the seed of clips that are the same in every epoch
 
 
-class ClipSet:
+class ClipSet(abc.ABC):
     """Clips of one shape, by index and epoch.
 
     Attributes:
@@ -32,12 +33,13 @@ class ClipSet:
 
     shape: Tuple[int, int, int, int]
 
+    @abc.abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Number of clips."""
 
+    @abc.abstractmethod
     def clip(self, index: int, epoch: int = _FIXED) -> np.ndarray:
         """Clip `index`, uint8 or float32 (T, C, H, W); generated sets have other clips in each epoch."""
-        raise NotImplementedError
 
 
 class GeneratedClips(ClipSet):
