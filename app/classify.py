@@ -1,17 +1,16 @@
 """The Classify tab: a picture in, the likeliest classes and the places that speak for the first of them out."""
 import html
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import gradio as gr
 
-from vishub import InputError
 from vishub.tasks import drawing
 from vishub.tasks.base import Progress
 from vishub.tasks.classification.pipeline import ClassificationResult
 
 from .examples import EXAMPLES, Example
-from .messages import busy, error_sentence, failure, notice
-from .models import TrainedModel, trained_models
+from .messages import error_sentence, facts_html, failure, notice
+from .models import TrainedModel, choose, trained_models
 from .pipelines import PIPELINES
 from .upload import picture_input, uploaded
 from .work import RunningWork, Stopped, Work
@@ -51,13 +50,14 @@ def classify(
     path = name = None
     try:
         path, name = uploaded(upload)
-        chosen = _chosen(model)
+        chosen = choose(model, trained_models(TASK))
         work = Work(lambda progress: _run(chosen, path, top_k, heatmap, progress))
-        with _RUNNING.of(_visitor(request), work):
-            for done, total in work:
-                doing = f'Looking at {name} …' if total else f'Loading {chosen.name} …'
-                status = busy('Stopping …' if work.is_stopping else doing, done / total if total > 1 else None)
-                yield gr.skip(), gr.skip(), gr.skip(), status, gr.Button(interactive=not work.is_stopping)
+
+        def doing(done: int, total: int) -> str:
+            return f'Looking at {name} …' if total else f'Loading {chosen.name} …'
+
+        for status, stop in _RUNNING.watch(work, request, doing):
+            yield gr.skip(), gr.skip(), gr.skip(), status, stop
         result = work.result()
     except Stopped:
         yield _page(notice('Stopped.'))
@@ -66,14 +66,6 @@ def classify(
         yield _page(failure(error_sentence(error, 'classifying the picture', path, name)))
         return
     yield _shown(result, chosen, name)
-
-
-def _visitor(request: Optional[gr.Request]) -> Optional[str]:
-    return request.session_hash if request is not None else None
-
-
-def _stop(request: gr.Request) -> None:
-    _RUNNING.stop(_visitor(request))
 
 
 def _run(
@@ -85,13 +77,6 @@ def _run(
 ) -> ClassificationResult:
     pipeline = PIPELINES.get(TASK, chosen.source)
     return pipeline(path, top_k=top_k, heatmap=heatmap, progress=progress)
-
-
-def _chosen(model: str) -> TrainedModel:
-    models = {row.name: row for row in trained_models(TASK)}
-    if model not in models:
-        raise InputError(f"There is no model '{model}' here: choose one from the list.")
-    return models[model]
 
 
 def _page(status: str, label: Any = None, heatmap: Any = None, facts: str = '') -> Outputs:
@@ -106,7 +91,7 @@ def _shown(result: ClassificationResult, chosen: TrainedModel, name: str) -> Out
     if result.heatmap is not None:
         drawn = drawing.fit(drawing.overlay_heat(result.image, result.heatmap), *_HEATMAP_SIZE)
         heatmap = gr.Image(drawn, label=f'Heat map: yellow speaks for {first.label}')
-    facts = _facts({
+    facts = facts_html({
         'Model': chosen.name,
         'Parameters': f'{result.num_params / 1e6:.2f} M',
         'Latency': f'{result.latency_ms:.0f} ms',
@@ -114,11 +99,6 @@ def _shown(result: ClassificationResult, chosen: TrainedModel, name: str) -> Out
     })
     sentences = [f'{name}: {first.label}, {first.probability:.1%}.', *result.warnings]
     return _page(notice(' '.join(sentences)), label, heatmap, facts)
-
-
-def _facts(facts: Dict[str, str]) -> str:
-    items = (f'<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>' for key, value in facts.items())
-    return f'<dl class="vh-facts">{"".join(items)}</dl>'
 
 
 def examples_for(model: Optional[TrainedModel]) -> List[Example]:
@@ -183,7 +163,7 @@ def build(tab: gr.Tab) -> None:
         classify, [picture, model, top_k, heatmap], [label, overlay, facts, status, stop],
         preprocess=False, show_progress='hidden', trigger_mode='always_last', api_visibility='private',
     )
-    stop.click(_stop, queue=False, show_progress='hidden', api_visibility='private')
+    stop.click(_RUNNING.stop, queue=False, show_progress='hidden', api_visibility='private')
 
     def take_example(name: str, event: gr.SelectData) -> str:
         return str(examples_for(by_name[name])[event.index].path)

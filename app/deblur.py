@@ -6,13 +6,12 @@ import dataclasses
 import html
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import gradio as gr
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vishub import InputError
 from vishub.tasks import drawing
 from vishub.tasks.base import Progress
 from vishub.tasks.deblurring.photo import Photo, read_photo
@@ -20,8 +19,8 @@ from vishub.tasks.deblurring.pipeline import DeblurResult
 from vishub.tasks.deblurring.shake import blur, camera_shake
 
 from .examples import EXAMPLES
-from .messages import busy, error_sentence, failure, notice
-from .models import TrainedModel, trained_models
+from .messages import error_sentence, facts_html, failure, notice
+from .models import TrainedModel, choose, trained_models
 from .pipelines import PIPELINES
 from .upload import picture_input, uploaded
 from .work import RunningWork, Stopped, Work
@@ -87,14 +86,15 @@ def deblur(
     path = name = None
     try:
         path, name = uploaded(upload)
-        chosen = _chosen(model)
+        chosen = choose(model, trained_models(TASK))
         work = Work(lambda progress: _run(chosen, path, float(strength), float(shake), int(seed or 0), progress))
-        with _RUNNING.of(_visitor(request), work):
-            for done, total in work:
-                doing = f'Sharpening {name}, tile {min(done + 1, total)} of {total} …' if total \
-                    else f'Loading {chosen.name} …'
-                status = busy('Stopping …' if work.is_stopping else doing, done / total if total > 1 else None)
-                yield (*(gr.skip() for _ in range(4)), status, gr.Button(interactive=not work.is_stopping))
+
+        def doing(done: int, total: int) -> str:
+            return f'Sharpening {name}, tile {min(done + 1, total)} of {total} …' if total \
+                else f'Loading {chosen.name} …'
+
+        for status, stop in _RUNNING.watch(work, request, doing):
+            yield (*(gr.skip() for _ in range(4)), status, stop)
         finished = work.result()
     except Stopped:
         yield _page(notice('Stopped.'))
@@ -106,14 +106,6 @@ def deblur(
         yield _shown(finished, chosen, name, Path(folder))
 
 
-def _visitor(request: Optional[gr.Request]) -> Optional[str]:
-    return request.session_hash if request is not None else None
-
-
-def _stop(request: gr.Request) -> None:
-    _RUNNING.stop(_visitor(request))
-
-
 def _run(
         chosen: TrainedModel, path: str, strength: float, shake: float, seed: int, progress: Progress) -> Done:
     pipeline = PIPELINES.get(TASK, chosen.source)
@@ -122,13 +114,6 @@ def _run(
     photo = read_photo(path)
     moved, kernel = shaken(photo, shake, seed)
     return Done(pipeline.sharpen(moved, strength=strength, progress=progress), kernel, photo.pixels)
-
-
-def _chosen(model: str) -> TrainedModel:
-    models = {row.name: row for row in trained_models(TASK)}
-    if model not in models:
-        raise InputError(f"There is no model '{model}' here: choose one from the list.")
-    return models[model]
 
 
 def _page(
@@ -159,7 +144,7 @@ def _shown(done: Done, chosen: TrainedModel, name: str, folder: Path) -> Outputs
         facts['Sharpened, against the true one'] = f'{sharpened_psnr:.2f} dB'
         sentences.append(f'The shake was made here, so the truth is known: {sharpened_psnr - shaken_psnr:+.2f} dB.')
     return _page(
-        notice(' '.join(sentences)), (before, after), _kernels(done), _facts(facts),
+        notice(' '.join(sentences)), (before, after), _kernels(done), facts_html(facts),
         gr.DownloadButton(value=str(file), interactive=True))
 
 
@@ -191,11 +176,6 @@ def _kernels(done: Done) -> Image.Image:
         draw.text((left, head - 26), title, fill=drawing.INK, font=drawing.font(16))
         canvas.paste(one, (left, head))
     return canvas
-
-
-def _facts(facts: Dict[str, str]) -> str:
-    items = (f'<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>' for key, value in facts.items())
-    return f'<dl class="vh-facts">{"".join(items)}</dl>'
 
 
 def _about(model: TrainedModel) -> str:
@@ -248,7 +228,7 @@ def build(tab: gr.Tab) -> None:
         deblur, [picture, model, strength, shake, seed], [pictures, kernels, facts, download, status, stop],
         preprocess=False, show_progress='hidden', trigger_mode='always_last', api_visibility='private',
     )
-    stop.click(_stop, queue=False, show_progress='hidden', api_visibility='private')
+    stop.click(_RUNNING.stop, queue=False, show_progress='hidden', api_visibility='private')
     again.click(lambda number: (number or 0) + 1, seed, seed, show_progress='hidden', api_visibility='private')
 
     def take_example(length: float, event: gr.SelectData) -> Tuple[str, float]:

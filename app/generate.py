@@ -15,8 +15,8 @@ from vishub.tasks import drawing
 from vishub.tasks.base import Progress
 from vishub.tasks.generation.pipeline import GenerationResult, picture_grid
 
-from .messages import busy, error_sentence, failure, notice
-from .models import TrainedModel, trained_models
+from .messages import error_sentence, facts_html, failure, notice
+from .models import TrainedModel, choose, trained_models
 from .pipelines import PIPELINES
 from .work import RunningWork, Stopped, Work
 
@@ -54,7 +54,7 @@ def generate(
     """
     previews: List[List[Image.Image]] = []
     try:
-        chosen = _chosen(model)
+        chosen = choose(model, trained_models(TASK))
         options = _options(seed, count, steps, guidance, solver)
 
         def run(progress: Progress) -> GenerationResult:
@@ -66,16 +66,17 @@ def generate(
             return replace(result, model=chosen.name)
 
         work = Work(run)
+
+        def doing(done: int, total: int) -> str:
+            return f'Step {done} of {total} …' if total else f'Loading {chosen.name} …'
+
         shown = 0
-        with _RUNNING.of(_visitor(request), work):
-            for done, total in work:
-                doing = f'Step {done} of {total} …' if total else f'Loading {chosen.name} …'
-                status = busy('Stopping …' if work.is_stopping else doing, done / total if total > 1 else None)
-                preview: Any = gr.skip()
-                if len(previews) > shown:  # of several new ones the last
-                    shown = len(previews)
-                    preview = _grid(previews[-1])
-                yield preview, gr.skip(), gr.skip(), gr.skip(), status, gr.Button(interactive=not work.is_stopping)
+        for status, stop in _RUNNING.watch(work, request, doing):
+            preview: Any = gr.skip()
+            if len(previews) > shown:  # of several new ones the last
+                shown = len(previews)
+                preview = _grid(previews[-1])
+            yield preview, gr.skip(), gr.skip(), gr.skip(), status, stop
         result = work.result()
     except Stopped:
         yield _page(notice('Stopped.'))
@@ -122,14 +123,8 @@ def compare(
             return results
 
         work = Work(run)
-        with _RUNNING.of(_visitor(request), work):
-            for done, total in work:
-                status = busy(
-                    'Stopping …' if work.is_stopping else f'{now[0] or "Loading"} …',
-                    done / total if total > 1 else None)
-                yield (
-                    gr.skip(), gr.skip(), gr.skip(), gr.skip(), status,
-                    gr.Button(interactive=not work.is_stopping))
+        for status, stop in _RUNNING.watch(work, request, lambda done, total: f'{now[0] or "Loading"} …'):
+            yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), status, stop
         results = work.result()
     except Stopped:
         yield _page(notice('Stopped.'))
@@ -160,21 +155,6 @@ def comparison(results: List[Tuple[GenerationResult, float]]) -> Image.Image:
         canvas.paste(grid, (left, 0))
         left += grid.width + gap
     return canvas
-
-
-def _visitor(request: Optional[gr.Request]) -> Optional[str]:
-    return request.session_hash if request is not None else None
-
-
-def _stop(request: gr.Request) -> None:
-    _RUNNING.stop(_visitor(request))
-
-
-def _chosen(model: str) -> TrainedModel:
-    models = {row.name: row for row in trained_models(TASK)}
-    if model not in models:
-        raise InputError(f"There is no model '{model}' here: choose one from the list.")
-    return models[model]
 
 
 def _options(seed: Any, count: Any, steps: Any, guidance: Any, solver: str) -> Dict[str, Any]:
@@ -219,12 +199,9 @@ def _shown(result: GenerationResult) -> Outputs:
         'Time': f'{result.latency_ms * len(result.pictures) / 1000:.2f} s',
         'Pixels': f'{result.pictures[0].width} × {result.pictures[0].height}',
     }
-    items = ''.join(
-        f'<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>' for key, value in facts.items())
     return _page(
         notice(' '.join([f'{sentence}.', *result.warnings])),
-        _grid(result.pictures), pictures, _gif(result),
-        f'<dl class="vh-facts">{items}</dl>')
+        _grid(result.pictures), pictures, _gif(result), facts_html(facts))
 
 
 def _gif(result: GenerationResult) -> Optional[str]:
@@ -291,7 +268,7 @@ def build(tab: gr.Tab) -> None:
         preprocess=False, show_progress='hidden', trigger_mode='once', api_visibility='private')
     run.click(generate, [model, *options], outputs, **shared)
     side.click(compare, options, outputs, **shared)
-    stop.click(_stop, queue=False, show_progress='hidden', api_visibility='private')
+    stop.click(_RUNNING.stop, queue=False, show_progress='hidden', api_visibility='private')
     dice.click(
         lambda: random.randrange(100_000), None, seed, show_progress='hidden', api_visibility='private')
 

@@ -1,11 +1,11 @@
 """What the page says while it works and when something goes wrong: always a sentence, never a stack trace."""
 import html
 import logging
-from typing import Optional
+from typing import Dict, Optional
 
 from vishub import InputError, MissingExtraError, UnknownNameError, WeightsNotFoundError
 
-__all__ = ['busy', 'error_sentence', 'failure', 'notice']
+__all__ = ['busy', 'error_sentence', 'facts_html', 'failure', 'notice']
 
 _log = logging.getLogger('vishub.app')
 
@@ -32,6 +32,12 @@ def busy(text: str, done: Optional[float] = None) -> str:
 def failure(text: str) -> str:
     """A sentence that says what went wrong, as HTML."""
     return f'<div class="vh-status vh-error" role="alert">{html.escape(text)}</div>'
+
+
+def facts_html(facts: Dict[str, str]) -> str:
+    """Short facts, each a name and a value, as an HTML definition list."""
+    items = (f'<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>' for key, value in facts.items())
+    return f'<dl class="vh-facts">{"".join(items)}</dl>'
 
 
 def error_sentence(error: Exception, doing: str, path: Optional[str] = None, name: Optional[str] = None) -> str:

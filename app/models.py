@@ -4,15 +4,15 @@ import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Tuple
+from typing import List, Sequence, Tuple
 
 import gradio as gr
 
-from vishub import catalog
+from vishub import InputError, catalog
 from vishub.hub import weights_folders
 from vishub.models.cost import count_parameters
 
-__all__ = ['TrainedModel', 'build', 'families_html', 'trained_models']
+__all__ = ['TrainedModel', 'build', 'choose', 'families_html', 'trained_models']
 
 _ALL = 'all tasks'
 
@@ -49,6 +49,18 @@ def trained_models(task: str) -> List[TrainedModel]:
         summary = f'Trained on {row.data}; {row.metric} {row.value:g} on its test split' if row else ''
         models.append(TrainedModel(name, name if row else f'local-dir:{folder}', _label_names(folder), summary))
     return models
+
+
+def choose(name: str, models: Sequence[TrainedModel]) -> TrainedModel:
+    """The model of that name, as the page sent it.
+
+    Raises:
+        InputError: If none has it.
+    """
+    for model in models:
+        if model.name == name:
+            return model
+    raise InputError(f"There is no model '{name}' here: choose one from the list.")
 
 
 def _label_names(folder: Path) -> Tuple[str, ...]:

@@ -3,18 +3,17 @@ import base64
 import html
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NoReturn, Optional, Tuple
+from typing import Any, Iterator, List, NoReturn, Optional, Tuple
 
 import gradio as gr
 from PIL import Image
 
-from vishub import InputError
 from vishub.tasks.base import Progress
 from vishub.tasks.video_prediction.pipeline import VideoPredictionResult, encode_animation
 
 from .examples import FOLDER
-from .messages import busy, error_sentence, failure, notice
-from .models import TrainedModel, trained_models
+from .messages import error_sentence, facts_html, failure, notice
+from .models import TrainedModel, choose, trained_models
 from .pipelines import PIPELINES
 from .upload import uploaded
 from .work import RunningWork, Stopped, Work
@@ -58,13 +57,14 @@ def predict(
     path = name = None
     try:
         path, name = uploaded(upload) or ('', '')
-        chosen = _chosen(model)
+        chosen = choose(model, trained_models(TASK))
         work = Work(lambda progress: _run(chosen, path, int(horizon), int(start), int(stride), progress))
-        with _RUNNING.of(_visitor(request), work):
-            for done, total in work:
-                doing = f'Looking ahead in {name} …' if total else f'Loading {chosen.name} …'
-                status = busy('Stopping …' if work.is_stopping else doing, done / total if total > 1 else None)
-                yield (*(gr.skip() for _ in range(5)), status, gr.Button(interactive=not work.is_stopping))
+
+        def doing(done: int, total: int) -> str:
+            return f'Looking ahead in {name} …' if total else f'Loading {chosen.name} …'
+
+        for status, stop in _RUNNING.watch(work, request, doing):
+            yield (*(gr.skip() for _ in range(5)), status, stop)
         result, shown = work.result()
     except Stopped:
         yield _page(notice('Stopped.'))
@@ -76,14 +76,6 @@ def predict(
         yield _shown(result, shown, chosen, name, Path(folder))
 
 
-def _visitor(request: Optional[gr.Request]) -> Optional[str]:
-    return request.session_hash if request is not None else None
-
-
-def _stop(request: gr.Request) -> None:
-    _RUNNING.stop(_visitor(request))
-
-
 def _run(
         chosen: TrainedModel, path: str, horizon: int, start: int, stride: int, progress: Progress,
 ) -> Tuple[VideoPredictionResult, bytes]:
@@ -92,13 +84,6 @@ def _run(
     result = pipeline(path, horizon=horizon, start=start, stride=stride, progress=progress)
     progress(horizon, horizon)
     return result, encode_animation(result.animation(), result.frame_ms, 'gif')
-
-
-def _chosen(model: str) -> TrainedModel:
-    models = {row.name: row for row in trained_models(TASK)}
-    if model not in models:
-        raise InputError(f"There is no model '{model}' here: choose one from the list.")
-    return models[model]
 
 
 def _page(
@@ -142,12 +127,7 @@ def _shown(
         sentences.append('The clip has no frames beyond the given ones, so there is no truth to compare with.')
     return _page(
         notice(' '.join([*sentences, *result.warnings])), picture, gr.Image(chart, visible=chart is not None),
-        gr.Image(result.plot_frames(), visible=True), _facts(facts), gr.File(files, visible=True))
-
-
-def _facts(facts: Dict[str, str]) -> str:
-    items = (f'<div><dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>' for key, value in facts.items())
-    return f'<dl class="vh-facts">{"".join(items)}</dl>'
+        gr.Image(result.plot_frames(), visible=True), facts_html(facts), gr.File(files, visible=True))
 
 
 def _about(model: TrainedModel) -> str:
@@ -221,7 +201,7 @@ def build(tab: gr.Tab) -> None:
         predict, [clip, model, horizon, start, stride], [animation, errors, frames, facts, files, status, stop],
         preprocess=False, show_progress='hidden', trigger_mode='always_last', api_visibility='private',
     )
-    stop.click(_stop, queue=False, show_progress='hidden', api_visibility='private')
+    stop.click(_RUNNING.stop, queue=False, show_progress='hidden', api_visibility='private')
 
     def take_example(event: gr.SelectData) -> str:
         return str(CLIPS[event.index])

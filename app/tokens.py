@@ -24,8 +24,8 @@ from vishub.tokens.method import find_method
 from vishub.tokens.tracing import Trace
 
 from .classify import examples_for
-from .messages import busy, error_sentence, failure, notice
-from .models import TrainedModel, trained_models
+from .messages import error_sentence, failure, notice
+from .models import TrainedModel, choose, trained_models
 from .pipelines import PIPELINES
 from .upload import picture_input, uploaded
 from .work import RunningWork, Stopped, Work
@@ -251,14 +251,16 @@ def reduce_tokens(
     path = name = None
     try:
         path, name = uploaded(upload)
-        chosen = _chosen(model)
+        chosen = choose(model, reducible())
         work = Work(lambda progress: compare(PIPELINES.get(TASK, chosen.source), path, method, budget, progress))
-        with _RUNNING.of(_visitor(request), work):
-            for done, total in work:
-                doing = f'Loading {chosen.name} …' if not total else \
-                    f'Looking at {name} …' if done < 2 else 'Measuring how long both take …'
-                status = busy('Stopping …' if work.is_stopping else doing, done / total if total else None)
-                yield gr.skip(), gr.skip(), gr.skip(), status, gr.Button(interactive=not work.is_stopping)
+
+        def doing(done: int, total: int) -> str:
+            if not total:
+                return f'Loading {chosen.name} …'
+            return f'Looking at {name} …' if done < 2 else 'Measuring how long both take …'
+
+        for status, stop in _RUNNING.watch(work, request, doing):
+            yield gr.skip(), gr.skip(), gr.skip(), status, stop
         result = work.result()
     except Stopped:
         yield _page(notice('Stopped.'))
@@ -267,21 +269,6 @@ def reduce_tokens(
         yield _page(failure(error_sentence(error, 'reducing the tokens', path, name)))
         return
     yield _page(notice(_verdict(result, name)), _blocks_html(result), _classes_html(result), _numbers_html(result))
-
-
-def _visitor(request: Optional[gr.Request]) -> Optional[str]:
-    return request.session_hash if request is not None else None
-
-
-def _stop(request: gr.Request) -> None:
-    _RUNNING.stop(_visitor(request))
-
-
-def _chosen(model: str) -> TrainedModel:
-    models = {row.name: row for row in reducible()}
-    if model not in models:
-        raise InputError(f"There is no model '{model}' here: choose one from the list.")
-    return models[model]
 
 
 def _page(status: str, blocks: str = _EMPTY, classes: str = '', numbers: str = '') -> Outputs:
@@ -436,7 +423,7 @@ def build(tab: gr.Tab) -> None:
         reduce_tokens, [picture, model, method, budget], [blocks, classes, numbers, status, stop],
         preprocess=False, show_progress='hidden', trigger_mode='always_last', api_visibility='private',
     )
-    stop.click(_stop, queue=False, show_progress='hidden', api_visibility='private')
+    stop.click(_RUNNING.stop, queue=False, show_progress='hidden', api_visibility='private')
 
     def take_example(name: str, event: gr.SelectData) -> str:
         return str(examples_for(by_name[name])[event.index].path)

@@ -3,7 +3,11 @@ import contextlib
 import threading
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
+import gradio as gr
+
 from vishub.tasks.base import Progress
+
+from .messages import busy
 
 __all__ = ['RunningWork', 'Stopped', 'Work']
 
@@ -86,21 +90,39 @@ class RunningWork:
         self._lock = threading.Lock()
         self._works: Dict[Optional[str], Work] = {}
 
+    def watch(
+            self, work: Work, request: Optional[gr.Request], doing: Callable[[int, int], str],
+    ) -> Iterator[Tuple[str, gr.Button]]:
+        """Do `work` as that of the visitor, and give what the status line and the Stop button shall show meanwhile.
+
+        Args:
+            work: What to do. Its result is there when the iterator has ended.
+            request: Given by Gradio; None stands for one visitor without a session.
+            doing: `doing(done, total)` says what is being done; total is 0 while nothing is known.
+        """
+        with self._of(_visitor(request), work):
+            for done, total in work:
+                text = 'Stopping …' if work.is_stopping else doing(done, total)
+                yield busy(text, done / total if total > 1 else None), gr.Button(interactive=not work.is_stopping)
+
+    def stop(self, request: gr.Request) -> None:
+        """Stop the visitor's work, if there is any. The event of the Stop button."""
+        with self._lock:
+            work = self._works.get(_visitor(request))
+        if work is not None:
+            work.stop()
+
     @contextlib.contextmanager
-    def of(self, visitor: Optional[str], work: Work) -> Iterator[Work]:
-        """Hold `work` as that of `visitor` while the block runs."""
+    def _of(self, visitor: Optional[str], work: Work) -> Iterator[None]:
         with self._lock:
             self._works[visitor] = work
         try:
-            yield work
+            yield
         finally:
             with self._lock:
                 if self._works.get(visitor) is work:
                     del self._works[visitor]
 
-    def stop(self, visitor: Optional[str]) -> None:
-        """Stop the visitor's work, if there is any."""
-        with self._lock:
-            work = self._works.get(visitor)
-        if work is not None:
-            work.stop()
+
+def _visitor(request: Optional[gr.Request]) -> Optional[str]:
+    return request.session_hash if request is not None else None

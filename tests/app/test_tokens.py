@@ -231,4 +231,4 @@ def test_a_vit_that_comes_into_the_folder_is_offered_without_a_change_of_code(se
     model = next(model for model in tab.reducible() if model.name == NAME)
     assert model.source == f'local-dir:{served_vit}' and model.label_names == ('boot', 'bag', '<i>hat</i>')
     with pytest.raises(InputError, match='no model'):
-        tab._chosen('vit_mini_patch2_28.other')
+        tab.choose('vit_mini_patch2_28.other', tab.reducible())
