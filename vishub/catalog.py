@@ -188,7 +188,8 @@ _FAMILIES = (
         arxiv='2408.10067',
         repository='yuncheng97/ASTR',
         code_licence='Apache-2.0',
-        notes='MICCAI 2024. Official weights have no stated licence; the data set is for non-commercial research.',
+        notes='MICCAI 2024. Official weights have no stated licence; the data set is for non-commercial research. Same '
+              'numbers as the official code.',
     ),
     Family(
         name='mambaclinix',
@@ -222,6 +223,12 @@ _FAMILIES = (
 )
 
 _ARCHITECTURES = (
+    Architecture('astr_res2net50', 'astr', (3, 352, 352)),
+    Architecture('astr_pvt_v2_b2', 'astr', (3, 352, 352)),
+    Architecture('astr_tiny', 'astr', (3, 64, 64)),
+    Architecture('bactrack_resnet50', 'bactrack', (3, 256, 256)),
+    Architecture('bactrack_resnet18', 'bactrack', (3, 256, 256)),
+    Architecture('bactrack_tiny', 'bactrack', (3, 96, 96)),
     Architecture('deeprftv2_s', 'deeprftv2', (3, 256, 256)),
     Architecture('deeprftv2_b', 'deeprftv2', (3, 256, 256)),
     Architecture('deeprftv2_tiny', 'deeprftv2', (3, 64, 64)),

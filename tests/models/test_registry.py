@@ -45,6 +45,11 @@ def make_clips(cfg, batch_size, size):
     return torch.randn(batch_size, cfg['num_frames'], cfg['input_size'][0], *size)
 
 
+def make_crops(cfg, batch_size, size):
+    """Templates (B, 2, C, h, w) and search crops (B, C, H, W) of noise."""
+    return torch.randn(batch_size, 2, *cfg['template_size']), torch.randn(batch_size, cfg['input_size'][0], *size)
+
+
 def make_noise(cfg, batch_size, size):
     """Noisy pictures (B, C, H, W), timesteps (B,) and classes (B,), or features of captions (B, L, 4096)."""
     classes = torch.arange(batch_size) % cfg['num_classes'] if cfg['num_classes'] else torch.randn(batch_size, 9, 4096)
@@ -57,7 +62,9 @@ MAKE_INPUT = {
     'deblurring': make_images,
     'generation': make_noise,
     'slide_analysis': make_slides,
+    'tracking': make_crops,
     'video_prediction': make_clips,
+    'video_segmentation': make_clips,
 }
 
 ARCHITECTURES = [row.name for row in catalog.architectures()]
@@ -362,8 +369,8 @@ def test_bfloat16(family):
 @pytest.mark.parametrize('family', FAMILIES)
 def test_drop_rates_act_in_training_only(family):
     task = catalog.family(family).task
-    # denoisers drop nothing but labels, deblurring nothing
-    rates = {'generation': ('class_drop_rate',), 'deblurring': ()}.get(task, ('drop_rate', 'drop_path_rate'))
+    # denoisers drop nothing but labels, deblurring and segmentation of clips nothing
+    rates = {'generation': ('class_drop_rate',), 'deblurring': (), 'video_segmentation': ()}.get(task, ('drop_rate', 'drop_path_rate'))
     x = make_input(smallest(family), batch_size=8 if task == 'generation' else 2)
     plain = built(family).eval()
     for rate in rates:
@@ -414,7 +421,7 @@ def feature_graph(model, x):
 
 
 def onnx(model, x):
-    onnxruntime = pytest.importorskip('onnxruntime')
+    import onnxruntime
     program = torch.onnx.export(captured(model, x), (x,), dynamo=True, verbose=False)
     file = io.BytesIO()
     program.save(file)
