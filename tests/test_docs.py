@@ -76,9 +76,9 @@ def test_the_check_of_commands_finds_what_is_wrong():
 def parse_launch(words):
     """Parse the words behind `torchrun` or `accelerate launch` as these do, and start nothing."""
     if words[0] == 'torchrun':
-        run = pytest.importorskip('torch.distributed.run')
+        from torch.distributed import run
         return run.get_args_parser().parse_args(words[1:])
-    launch = pytest.importorskip('accelerate.commands.launch')
+    from accelerate.commands import launch
     return launch.launch_command_parser().parse_args(words[2:])
 
 
@@ -126,8 +126,6 @@ def test_python_runs(page, number, tmp_path, monkeypatch):
 
 
 def test_builds_without_warnings(tmp_path):
-    pytest.importorskip('mkdocs')
-    pytest.importorskip('mkdocstrings')
     done = subprocess.run(
         [sys.executable, '-m', 'mkdocs', 'build', '--quiet', '--strict', '--site-dir', tmp_path / 'site'], cwd=ROOT,
         capture_output=True, text=True, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'}, timeout=300)

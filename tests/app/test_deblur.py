@@ -14,7 +14,6 @@ from app.work import Stopped
 from vishub.hub import save_folder
 from vishub.tasks.deblurring.photo import Photo
 
-pytest.importorskip('cv2')
 NAME = 'deeprftv2_tiny.noise'
 
 

@@ -12,8 +12,6 @@ from app.work import Stopped
 from tests.models.test_dit import randomised
 from vishub.hub import save_folder
 
-pytest.importorskip('diffusers', reason='the solvers are diffusers\'')
-
 NAMES = ('boot', 'bag', '<i>hat</i>')
 STUDENT, TEACHER = 'lit_small28.shapes', 'dit_small28.shapes'
 

@@ -89,7 +89,9 @@ def test_deployed_form_has_its_branches_merged(benchmark):
 
 def test_labels_do_not_overlap(benchmark):
     models = benchmark('models')
-    figure = pytest.importorskip('matplotlib.figure').Figure(figsize=(8, 6))
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6))
     axis = figure.subplots()
     points = [(1 + 0.01 * (i % 3), 1 + 0.01 * (i // 3)) for i in range(9)]
     axis.scatter(*zip(*points), label='nine')

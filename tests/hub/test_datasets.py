@@ -5,14 +5,11 @@ import os
 import subprocess
 import sys
 
-import pytest
+import pyarrow as pa
+import pyarrow.parquet
 from PIL import Image
 
 from tests.hub_server import HubServer
-
-pytest.importorskip('datasets')
-pa = pytest.importorskip('pyarrow')
-import pyarrow.parquet  # noqa: E402
 
 COLOURS = {'blue': (0, 0, 200), 'red': (200, 0, 0)}
 

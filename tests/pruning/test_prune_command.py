@@ -18,9 +18,6 @@ from vishub.tasks.classification.metrics import measure
 from vishub.tasks.classification.pipeline import ClassificationPipeline
 from vishub.tasks.classification.training import to_input
 
-for _module in ('accelerate', 'albumentations', 'torchmetrics', 'matplotlib'):
-    pytest.importorskip(_module)
-
 SIDE = 16
 # Neither order is the alphabetical one of the folders.
 NAMES = ('rising', 'flat', 'steep', 'falling')

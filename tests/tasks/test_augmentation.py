@@ -1,13 +1,13 @@
 """Policies from files: what they do, and what is refused before training."""
 import json
 
+import albumentations as A
 import numpy as np
 import pytest
 
 from vishub.errors import InputError
 from vishub.tasks.augmentation import check_policy, describe_policy, make_augmentation
 
-A = pytest.importorskip('albumentations')
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 
 

@@ -175,8 +175,6 @@ def test_processes_share_the_files(weights, pipe, pictures, tmp_path, launcher):
         'accelerate': ['accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
                        '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', free_port()],
     }[launcher]
-    if launcher == 'accelerate':
-        pytest.importorskip('accelerate')
     output = tmp_path / 'r.jsonl'
     script = tmp_path / 'script.py'
     script.write_text(NOTING_COMMAND)
@@ -310,7 +308,7 @@ def test_names_with_line_breaks_and_bytes_that_are_no_text(pipe, pictures, tmp_p
 
 
 def test_parquet_has_the_same_rows(pipe, pictures, tmp_path):
-    parquet = pytest.importorskip('pyarrow.parquet')
+    from pyarrow import parquet
     lines = predict_table(pipe, [str(pictures)], tmp_path / 'r.jsonl', workers=0, part_size=10)
     report = predict_table(pipe, [str(pictures)], tmp_path / 'r.parquet', workers=0, part_size=10)
     rows = parquet.read_table(report.output).to_pylist()

@@ -18,7 +18,6 @@ from vishub.tasks.classification.metrics import model_input, wilson_interval
 from vishub.tasks.classification.pipeline import ClassificationPipeline
 from vishub.tokens import compare
 
-pytest.importorskip('matplotlib')
 CLASSES = ('a', 'b', 'c')
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=3)
 

@@ -17,14 +17,10 @@ from PIL import Image
 from torch import nn
 
 from vishub.errors import InputError, MissingExtraError
-from vishub.training import TrainConfig, TrainResult, parse_resolution, train
-from vishub.training.checkpoint import load_checkpoint, save_checkpoint
-
-pytest.importorskip('accelerate')
-pytest.importorskip('albumentations')
-
 from vishub.tasks.classification.data import ImageData, ImageSet
 from vishub.tasks.classification.training import ClassificationRecipe
+from vishub.training import TrainConfig, TrainResult, parse_resolution, train
+from vishub.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 class TinyNet(nn.Module):
@@ -320,7 +316,6 @@ def test_checkpoint_from_before_an_option_existed_resumes(tmp_path, uninterrupte
 
 
 def test_tensorboard_gets_each_epoch(tmp_path):
-    pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     train(make_scripted(), make_config(tmp_path, tracker=('tensorboard',)))
     events = EventAccumulator(str(tmp_path / 'tracking'))

@@ -13,15 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from vishub.tasks.classification.data import ImageData, ImageSet
+from vishub.tasks.classification.training import ClassificationRecipe
 from vishub.training import TrainConfig, TrainResult, train
 from vishub.training.checkpoint import load_checkpoint
 from vishub.training.processes import gather_shares, my_share, on_main
-
-pytest.importorskip('accelerate')
-pytest.importorskip('albumentations')
-
-from vishub.tasks.classification.data import ImageData, ImageSet
-from vishub.tasks.classification.training import ClassificationRecipe
 
 
 class PlainNet(nn.Module):

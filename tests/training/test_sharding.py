@@ -7,17 +7,13 @@ import types
 import pytest
 import timm
 import torch
+from test_processes import PlainRecipe, make_config, make_data, run_processes
 from torch import nn
 
 from vishub.errors import InputError
 from vishub.training import train
 from vishub.training.checkpoint import load_checkpoint
 from vishub.training.sharding import make_sharding
-
-pytest.importorskip('accelerate')
-pytest.importorskip('albumentations')
-
-from test_processes import PlainRecipe, make_config, make_data, run_processes
 
 
 class SplitRecipe(PlainRecipe):

@@ -340,7 +340,6 @@ def test_images_and_labels_must_match():
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('policy', AUGMENTATIONS)
 def test_augmentation_is_a_function_of_seed_epoch_and_index(policy, channels):
-    pytest.importorskip('albumentations')
     images = ImageSet(RNG.integers(0, 256, (6, 32, 32, channels), dtype=np.uint8), range(6))
     keys = [(epoch, index, 32) for epoch in (0, 1) for index in range(6)]
     one, other = (AugmentedSet(images, policy, seed=3) for _ in range(2))
@@ -358,7 +357,6 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(policy, channels):
 
 
 def test_files_are_augmented_to_the_side(tmp_path):
-    pytest.importorskip('albumentations')
     write_folder(tmp_path, {'a': 2, 'b': 2}, size=(50, 30))
     data = load_data(tmp_path)
     for policy in AUGMENTATIONS:

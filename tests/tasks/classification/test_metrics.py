@@ -31,10 +31,6 @@ from vishub.tasks.classification.metrics import (
 )
 from vishub.tasks.classification.pipeline import ClassificationPipeline
 
-pytest.importorskip('torchmetrics')
-pytest.importorskip('matplotlib')
-
-
 # -- known values -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('correct,total,low,high', [

@@ -16,10 +16,6 @@ from vishub.tasks.classification.metrics import measure
 from vishub.tasks.classification.pipeline import ClassificationPipeline
 from vishub.tasks.classification.training import ClassificationRecipe, parse_model_args, to_input
 
-pytest.importorskip('accelerate')
-pytest.importorskip('albumentations')
-pytest.importorskip('torchmetrics')
-
 COLOURS = {'amber': (200, 140, 30), 'blue': (40, 60, 180), 'green': (30, 150, 60), 'white': (225, 225, 230)}
 SMALL = ('--model', 'favit_small64', '--model-arg', 'embed_dims=(16,32,64,128)', '--model-arg', 'depths=(1,1,1,1)')
 

@@ -1,6 +1,7 @@
 """Photographs of every kind through the pipeline, with a model whose answer is known, and with the tiny one."""
 import json
 
+import cv2
 import numpy as np
 import pytest
 import timm
@@ -13,8 +14,6 @@ import vishub
 from vishub import InputError
 from vishub.tasks.deblurring.pipeline import DeblurringPipeline, blur_between
 from vishub.tasks.deblurring.shake import blur, camera_shake
-
-cv2 = pytest.importorskip('cv2')
 
 
 class Darken(nn.Module):

@@ -94,7 +94,6 @@ def test_train_and_evaluate(photos, tmp_path, monkeypatch):
 def test_classical_methods(photos, monkeypatch):
     data = load_data(photos)
     assert 'unsharp mask' in peers_of(data)
-    pytest.importorskip('skimage.restoration', reason='scikit-image is not installed')
     sample = data.test.sample(0, 64)
     for method, settings in peers_of(data).values():
         result = method(sample, settings[0])

@@ -131,7 +131,6 @@ def test_the_best_classifier_of_the_data_judges():
 
 
 def test_evaluate_and_card(judge, generator, tmp_path):
-    pytest.importorskip('diffusers', reason='the solvers are diffusers\'')
     told = []
     report = evaluate(
         [str(generator)], data(), limit=5, device='cpu', judge=judge, num_inference_steps=2, seed=3,
@@ -163,7 +162,6 @@ def test_evaluate_and_card(judge, generator, tmp_path):
 
 
 def test_evaluate_refuses(judge, generator, monkeypatch):
-    pytest.importorskip('diffusers', reason='the solvers are diffusers\'')
     options = dict(device='cpu', judge=judge, num_inference_steps=2, limit=4)
     without_test = ImageData('squares', 'squares', NAMES, squares(10, 1))
     with pytest.raises(InputError, match='no test split'):
@@ -179,7 +177,7 @@ def test_evaluate_refuses(judge, generator, monkeypatch):
 
 
 def test_inception_distance(tmp_path, monkeypatch):
-    inception = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3')
+    from torch_fidelity import feature_extractor_inceptionv3 as inception
     # The published weights are no part of any package: random ones, of the same network, go through the same file.
     with monkeypatch.context() as patch:
         patch.setattr(inception.FeatureExtractorInceptionV3, 'load_state_dict', lambda *args: None)

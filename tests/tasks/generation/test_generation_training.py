@@ -175,7 +175,6 @@ def test_refusals(teacher):
 
 
 def test_a_run_stores_weights_that_the_pipeline_takes(teacher, tmp_path):
-    pytest.importorskip('diffusers', reason='the solvers are diffusers\'')
     import vishub
     options = dict(
         output=tmp_path, resolution=((28, 2),), batch_size=8, lr=1e-3, weight_decay=0., device='cpu', progress=False)

@@ -8,8 +8,6 @@ from vishub import InputError
 from vishub.tasks.generation.diffusion import Diffusion
 from vishub.tasks.generation.sampling import SOLVERS, draw_noise, make_scheduler, sample, sampling_steps
 
-pytest.importorskip('diffusers', reason='the solvers are diffusers\'')
-
 
 def test_golden_ancestral_sampling(monkeypatch):
     case = load_case('lit', 'diffusion_ancestral_10')

@@ -32,8 +32,9 @@ def as_gif(frames, durations):
 
 def write_video(path, frames, times=None, rate=25):
     """Lossless colour video; `times` in milliseconds where frames are not evenly spaced."""
-    av = pytest.importorskip('av')
     from fractions import Fraction
+
+    import av
     with av.open(str(path), 'w') as container:
         stream = container.add_stream('ffv1', rate=rate)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], 'bgr0'
@@ -114,8 +115,9 @@ def test_video_with_steady_and_varying_rate(frames, tmp_path):
 
 
 def test_4k_video_needs_the_memory_of_a_frame_or_two(tmp_path):
-    av = pytest.importorskip('av')
-    resource = pytest.importorskip('resource')
+    import resource
+
+    import av
     path = tmp_path / 'wide.avi'
     with av.open(str(path), 'w') as container:
         stream = container.add_stream('mjpeg', rate=25)
@@ -143,7 +145,7 @@ def test_4k_video_needs_the_memory_of_a_frame_or_two(tmp_path):
 
 
 def test_lying_frames_of_phones_are_turned_upright():
-    av = pytest.importorskip('av')
+    import av
     pixels = np.zeros((200, 400, 3), np.uint8)
     pixels[:, 300:] = 255  # lies on its left side: the right end belongs at the top
 
@@ -212,7 +214,6 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(InputError, match='holds no pictures'):
         read_clip(tmp_path / 'empty', GREY, 4)
-    pytest.importorskip('av')
     (tmp_path / 'text.mp4').write_text('this is no video')
     with pytest.raises(InputError, match='text.mp4.*is not a video'):
         read_clip(tmp_path / 'text.mp4', GREY, 4)

@@ -89,7 +89,7 @@ def test_weatherbench_years_and_scale(tmp_path):
 
 
 def test_weatherbench_netcdf(tmp_path):
-    xarray = pytest.importorskip('xarray')
+    import xarray
     values = weather_years(tmp_path, (2017,))[2017]
     xarray.Dataset({'t2m': (('time', 'lat', 'lon'), values)}).to_netcdf(tmp_path / 't2m_2017.nc', engine='scipy')
     data = load_data(tmp_path, (1, 8, 16), 24)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from vishub.errors import InputError, import_extra
+from vishub.errors import InputError
 from vishub.files import atomic_path
 from vishub.models.deeprftv2 import DIVISOR, MIN_SIZE, DeepRFTv2, half_size
 from vishub.tasks import drawing
@@ -20,10 +20,10 @@ from vishub.tasks.deblurring.photo import Photo, read_photo
 from vishub.tasks.deblurring.shake import to_linear
 from vishub.tasks.deblurring.tiling import mirrored, run_tiles
 from vishub.tasks.images import ImageInput
+from vishub.tasks.video import VIDEO_SUFFIXES, VideoWriter, read_video, video_info
 
-__all__ = ['DeblurResult', 'DeblurringPipeline', 'VIDEO_SUFFIXES', 'VideoDeblurResult', 'blur_between']
+__all__ = ['DeblurResult', 'DeblurringPipeline', 'VideoDeblurResult', 'blur_between']
 
-VIDEO_SUFFIXES = ('.mp4', '.mov', '.avi', '.mkv', '.webm', '.m4v')
 # Pixels around a tile that the half-size picture needs, so that it is a part of the whole one's.
 _MARGIN = 4
 _NUM_KERNELS = 16
@@ -301,59 +301,39 @@ class DeblurringPipeline(Pipeline):
             strength: float = 1.0,
             progress: Optional[Progress] = None,
     ) -> VideoDeblurResult:
-        """Sharpen a video frame by frame; the sound is left out.
+        """Sharpen a video frame by frame; the times of its frames and its sound stay.
 
         Args:
-            video: Path of a file that OpenCV reads.
+            video: Path of the file.
             tile_size, tile_overlap, strength: As of a photograph.
             progress: Called with (frames done, frames in all by the file's header).
 
         Raises:
-            InputError: If the file is not there or holds no frames.
-            MissingExtraError: If OpenCV is not installed (extra `train`).
+            InputError: If the file is not there, is no video, holds no frames, or breaks off.
+            MissingExtraError: If PyAV is not installed (extra `video`).
         """
-        cv2 = import_extra('cv2', 'train')
-        source = os.fspath(video)
-        name = os.fsdecode(source)
-        if not Path(name).is_file():
-            raise InputError(f"'{name}' does not exist: give the path of a video")
-        reader = cv2.VideoCapture(name)
-        fps = reader.get(cv2.CAP_PROP_FPS) or 25.
-        total = max(1, int(reader.get(cv2.CAP_PROP_FRAME_COUNT)))
+        name = os.fsdecode(os.fspath(video))
+        info = video_info(name)
         handle, temporary = tempfile.mkstemp(suffix='.mp4')
         os.close(handle)
-        path, writer, first, done, latency_ms = Path(temporary), None, None, 0, 0.
+        path, first, latency_ms = Path(temporary), None, 0.
         try:
             if progress is not None:
-                progress(0, total)
-            while True:
-                there, frame = reader.read()
-                if not there:
-                    break
-                photo = Photo(np.ascontiguousarray(frame[..., ::-1]))
-                result = self.sharpen(photo, tile_size, tile_overlap, strength)
-                latency_ms += result.latency_ms
-                if writer is None:
-                    first = result
-                    writer = cv2.VideoWriter(
-                        temporary, cv2.VideoWriter_fourcc(*'mp4v'), fps, (frame.shape[1], frame.shape[0]))
-                writer.write(np.ascontiguousarray(result.pixels[..., ::-1]))
-                done += 1
-                if progress is not None:
-                    progress(done, max(total, done))
-            if first is None:
-                raise InputError(f"'{name}' is not a video, or holds no frame that can be read")
+                progress(0, max(1, info.num_frames))
+            with VideoWriter(path, info.fps, sound_from=name) as writer:
+                for frame in read_video(name):
+                    result = self.sharpen(Photo(frame.pixels), tile_size, tile_overlap, strength)
+                    first = first or result
+                    latency_ms += result.latency_ms
+                    writer.write(result.pixels, frame.time)
+                    if progress is not None:
+                        progress(writer.num_frames, max(info.num_frames, writer.num_frames))
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        finally:
-            reader.release()
-            if writer is not None:
-                writer.release()
-        height, width = first.pixels.shape[:2]
+        assert first is not None  # read_video refuses a video without frames
         return VideoDeblurResult(
-            path, done, (width, height), fps, self.name, latency_ms, first, name,
-            ('The result is silent: sound is not carried over.',))
+            path, writer.num_frames, info.size, info.fps, self.name, latency_ms, first, name, tuple(writer.warnings))
 
 
 def _check_options(tile_size: int, tile_overlap: int, strength: float) -> None:

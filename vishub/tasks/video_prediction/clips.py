@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from vishub.errors import InputError, import_extra
+from vishub.errors import InputError
 from vishub.tasks.images import FORMATS, MAX_PIXELS, SUFFIXES, decode_image
+from vishub.tasks.video import decode_video
 
 __all__ = ['MAX_BYTES', 'Clip', 'VideoInput', 'centre_crop', 'is_frames', 'read_clip']
 
@@ -290,34 +291,13 @@ def _animation_frames(
 
 
 def _video_frames(file: Any, name: str, frame: Tuple[int, int, int]) -> Iterator[_Frame]:
-    av = import_extra('av', 'video')
     try:
-        try:
-            container = av.open(file)
-        except (av.FFmpegError, ValueError) as error:
-            raise InputError(f'{name} is not a video, whatever its name says: {_RIGHT}') from error
-        with container:
-            if not container.streams.video:
-                raise InputError(f'{name} has no picture, only {_streams(container)}: {_RIGHT}')
-            stream = container.streams.video[0]
-            stream.thread_type = 'AUTO'
-            stream.codec_context.thread_count = 4  # each holds a frame, and there may be a hundred cores
-            begin: Optional[float] = None
-            try:
-                for decoded in container.decode(stream):
-                    begin = decoded.time if begin is None else begin
-                    time = None if decoded.time is None or begin is None else decoded.time - begin
-                    yield _Frame(
-                        (decoded.width, decoded.height), time,
-                        lambda decoded=decoded: _fit_video_frame(decoded, frame))  # type: ignore[misc]
-            except av.FFmpegError as error:
-                raise InputError(f'{name} is damaged or incomplete ({error})') from error
+        for decoded, time in decode_video(file, name):
+            yield _Frame(
+                (decoded.width, decoded.height), time,
+                lambda decoded=decoded: _fit_video_frame(decoded, frame))  # type: ignore[misc]
     finally:
         file.close()
-
-
-def _streams(container: Any) -> str:
-    return ' and '.join(sorted({stream.type for stream in container.streams})) or 'nothing'
 
 
 def _array_frames(

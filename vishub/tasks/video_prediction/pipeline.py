@@ -3,7 +3,6 @@ import io
 import os
 import time
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -12,10 +11,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from vishub.errors import InputError, import_extra
+from vishub.errors import InputError
 from vishub.files import atomic_path
 from vishub.tasks import drawing
 from vishub.tasks.base import Pipeline, Progress, Result, pretrained_cfg_of
+from vishub.tasks.video import VideoWriter
 from vishub.tasks.video_prediction.clips import MAX_BYTES, Clip, VideoInput, is_frames, read_clip
 
 __all__ = ['VideoPredictionPipeline', 'VideoPredictionResult', 'frame_errors']
@@ -118,13 +118,14 @@ class VideoPredictionResult(Result):
                 f"cannot save a prediction as '{path}': give a name that ends in .gif, .webp, .mp4, .npy, .png, .jpg "
                 'or .json')
         if suffix == '.mp4':
-            import_extra('av', 'video')
+            with VideoWriter(path, fps=1000 / self.frame_ms) as writer:
+                for picture in self.animation():
+                    writer.write(np.asarray(picture))
+            return path
         with atomic_path(path) as temporary:
             if suffix == '.npy':
                 with open(temporary, 'wb') as file:
                     np.save(file, self.predicted)
-            elif suffix == '.mp4':
-                _write_mp4(temporary, self.animation(), self.frame_ms)
             else:
                 temporary.write_bytes(encode_animation(self.animation(), self.frame_ms, suffix[1:]))
         return path
@@ -477,22 +478,6 @@ def encode_animation(pictures: Sequence[Image.Image], frame_ms: int, kind: str) 
         first, *rest = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     first.save(buffer, kind.upper(), save_all=True, append_images=rest, duration=frame_ms, loop=0)
     return buffer.getvalue()
-
-
-def _write_mp4(path: Path, pictures: Sequence[Image.Image], frame_ms: int) -> None:
-    import av
-
-    with av.open(str(path), 'w', format='mp4') as container:
-        stream = container.add_stream('libx264', rate=Fraction(1000, frame_ms))
-        # 4:2:0 needs even sides
-        stream.width, stream.height = pictures[0].width // 2 * 2, pictures[0].height // 2 * 2
-        stream.pix_fmt = 'yuv420p'
-        for picture in pictures:
-            even = picture.crop((0, 0, stream.width, stream.height))
-            for packet in stream.encode(av.VideoFrame.from_image(even)):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
 
 
 def _times(times: Optional[np.ndarray], count: int) -> Optional[np.ndarray]:
