@@ -4,6 +4,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import timm
 import torch
 from PIL import ExifTags, Image, ImageCms
@@ -120,6 +121,21 @@ def test_16_bit_colour_keeps_text(pipe, tmp_path):
     with Image.open(saved) as image:
         assert image.text['Author'] == 'someone'
     assert cv2.imread(str(saved), cv2.IMREAD_UNCHANGED).dtype == np.uint16
+
+
+def test_16_bit_tiff_keeps_what_is_written_beside_the_pixels(pipe, tmp_path):
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+    tifffile.imwrite(
+        tmp_path / 'a.tif', noise(40, 56, 3, dtype=np.uint16), photometric='rgb', metadata=None, iccprofile=icc,
+        description='a bridge', software='a scanner', resolution=(300, 300), resolutionunit='INCH',
+        extratags=[(274, 3, 1, 6, True), (272, 2, 0, 'Box', True)])
+    result = pipe(tmp_path / 'a.tif')
+    assert result.image.size == (40, 56)  # upright: turned by a quarter
+    with Image.open(result.save(tmp_path / 'sharp.tif')) as image:
+        tags = image.tag_v2
+        assert (tags[270], tags[272], tags[305], tags[296]) == ('a bridge', 'Box', 'a scanner', 2)
+        assert 274 not in tags and image.size == (40, 56)  # upright already
+        assert tags[282] == tags[283] == 300 and image.info['icc_profile'] == icc
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.png', '.webp'])

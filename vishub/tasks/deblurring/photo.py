@@ -23,6 +23,9 @@ __all__ = ['Photo', 'read_photo', 'upright']
 _SUFFIXES = {'JPEG': '.jpg', 'MPO': '.jpg', 'PNG': '.png', 'WEBP': '.webp', 'TIFF': '.tif', 'BMP': '.bmp'}
 _FORMATS = {
     '.jpg': 'JPEG', '.jpeg': 'JPEG', '.png': 'PNG', '.webp': 'WEBP', '.tif': 'TIFF', '.tiff': 'TIFF', '.bmp': 'BMP'}
+# Description, camera, resolution (x, y, unit), software, date, artist, XMP, copyright, IPTC, colour profile. Not the
+# orientation: 16-bit TIFFs are read upright.
+_TIFF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 700, 33432, 33723, 34675}
 _PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 
 
@@ -35,6 +38,7 @@ class Photo:
         suffix: Of its format, e.g. `.jpg`; `.png` for pixels given directly.
         metadata: Pillow's arguments of `save` that carry over what is not pixels.
         chunks: Of a PNG, the stored chunks besides pixels, for 16-bit colour, which Pillow does not write.
+        tags: Of a TIFF with 16-bit colour, likewise: (code, type, count, value) as tifffile takes them.
         source: Path or file name.
         warnings: What was converted or left out, one sentence each.
     """
@@ -42,6 +46,7 @@ class Photo:
     suffix: str = '.png'
     metadata: Dict[str, Any] = field(default_factory=dict, repr=False)
     chunks: bytes = field(default=b'', repr=False)
+    tags: Tuple[Tuple[int, int, int, Any], ...] = field(default=(), repr=False)
     source: Optional[str] = None
     warnings: Tuple[str, ...] = ()
 
@@ -81,7 +86,10 @@ class Photo:
             raise InputError(f"cannot save a picture as '{path}': give a name that ends in {', '.join(_FORMATS)}")
         with atomic_path(path) as temporary:
             if pixels.dtype == np.uint16 and suffix in ('.png', '.tif', '.tiff'):
-                temporary.write_bytes(_encode_16(pixels, suffix, self.chunks))
+                if suffix == '.png':
+                    temporary.write_bytes(_png_16(pixels, self.chunks))
+                else:
+                    _write_tiff_16(temporary, pixels, self.tags)
                 return path
             image = Image.fromarray(_eight_bits(pixels))
             if suffix in ('.jpg', '.jpeg', '.bmp') and image.mode in ('LA', 'RGBA'):
@@ -181,8 +189,12 @@ def _from_pil(image: Image.Image, content: bytes, source: Optional[str], warning
     if isinstance(deep, str):
         warnings += (deep,)
         deep = None
+    tags: Tuple[Tuple[int, int, int, Any], ...] = ()
     if deep is not None:
         pixels = deep
+        if image.format == 'TIFF':
+            tags, left_out = _tiff_tags(image)
+            warnings += left_out
     elif image.mode.startswith('I;16') or image.mode in ('I', 'F'):
         values = np.asarray(image)
         pixels = values.astype(np.uint16) if values.dtype.kind in 'iu' else _stored_array(values)[..., 0]
@@ -198,7 +210,7 @@ def _from_pil(image: Image.Image, content: bytes, source: Optional[str], warning
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     suffix = _SUFFIXES.get(image.format or '', '.png')
     chunks = _png_chunks(content) if suffix == '.png' else b''
-    return Photo(np.array(pixels), suffix, metadata, chunks, source, warnings)
+    return Photo(np.array(pixels), suffix, metadata, chunks, tags, source, warnings)
 
 
 def _sixteen_bits(image: Image.Image, content: bytes) -> Union[np.ndarray, str, None]:
@@ -224,20 +236,54 @@ def _sixteen_bits(image: Image.Image, content: bytes) -> Union[np.ndarray, str, 
     return pixels
 
 
-def _encode_16(pixels: np.ndarray, suffix: str, chunks: bytes) -> bytes:
+def _png_16(pixels: np.ndarray, chunks: bytes) -> bytes:
     cv2 = import_extra('cv2', 'train')
     if pixels.shape[-1] == 2:  # grey with alpha is not known to OpenCV
         pixels = np.concatenate([np.repeat(pixels[..., :1], 3, -1), pixels[..., 1:]], -1)
     if pixels.shape[-1] >= 3:
         pixels = pixels[..., [2, 1, 0, 3][:pixels.shape[-1]]]
-    done, encoded = cv2.imencode(suffix, pixels)
+    done, encoded = cv2.imencode('.png', pixels)
     if not done:
-        raise InputError(f'the picture could not be written as {suffix}')
+        raise InputError('the picture could not be written as .png')
     content = encoded.tobytes()
-    if suffix == '.png' and chunks:
-        after_header = 8 + 25  # signature, IHDR
-        content = content[:after_header] + chunks + content[after_header:]
-    return content
+    after_header = 8 + 25  # signature, IHDR
+    return content[:after_header] + chunks + content[after_header:]
+
+
+def _write_tiff_16(path: Path, pixels: np.ndarray, tags: Tuple[Tuple[int, int, int, Any], ...]) -> None:
+    tifffile = import_extra('tifffile', 'train')
+    channels = pixels.shape[-1]
+    values = {code: value for code, _, _, value in tags}
+    options: Dict[str, Any] = {'software': values.get(305, False)}  # False: none, and not tifffile's name
+    if 282 in values and 283 in values:
+        options.update(resolution=(values[282], values[283]), resolutionunit=values.get(296, 2))
+    if channels > 1:
+        options['planarconfig'] = 'contig'
+    if channels in (2, 4):
+        options['extrasamples'] = ['unassalpha']
+    tifffile.imwrite(
+        path, pixels[..., 0] if channels == 1 else pixels, compression='zlib', metadata=None,
+        photometric='rgb' if channels >= 3 else 'minisblack',
+        extratags=[(*tag, True) for tag in tags if tag[0] not in (282, 283, 296, 305)], **options)
+
+
+def _tiff_tags(image: Any) -> Tuple[Tuple[Tuple[int, int, int, Any], ...], Tuple[str, ...]]:
+    """What a TIFF tells besides its pixels, and a warning where some of it cannot be kept."""
+    kept, names = [], TiffImagePlugin.ImageFileDirectory_v2()
+    stored = getattr(image, 'tag_v2', names)
+    for code in _TIFF_TAGS & set(stored):
+        kind, value = stored.tagtype[code], stored[code]
+        if kind == 2:  # text
+            kept.append((code, kind, 0, str(value)))
+        elif kind == 5:  # a fraction
+            fraction = value.limit_rational(1 << 31)
+            kept.append((code, kind, 1, tuple(int(part) for part in fraction)))
+        elif isinstance(value, bytes):
+            kept.append((code, kind, len(value), value))
+        elif isinstance(value, int):
+            kept.append((code, kind, 1, value))
+    left_out = ('The settings of the camera (EXIF) are left out: a 16-bit TIFF is written without them.',)
+    return tuple(kept), left_out if ExifTags.IFD.Exif in stored else ()
 
 
 def _png_chunks(content: bytes) -> bytes:
