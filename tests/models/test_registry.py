@@ -370,7 +370,8 @@ def test_bfloat16(family):
 def test_drop_rates_act_in_training_only(family):
     task = catalog.family(family).task
     # denoisers drop nothing but labels, deblurring and segmentation of clips nothing
-    rates = {'generation': ('class_drop_rate',), 'deblurring': (), 'video_segmentation': ()}.get(task, ('drop_rate', 'drop_path_rate'))
+    rates = {'generation': ('class_drop_rate',), 'deblurring': (), 'video_segmentation': ()}.get(
+        task, ('drop_rate', 'drop_path_rate'))
     x = make_input(smallest(family), batch_size=8 if task == 'generation' else 2)
     plain = built(family).eval()
     for rate in rates:

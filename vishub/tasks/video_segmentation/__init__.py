@@ -1,0 +1,1 @@
+"""Where a lesion is in every frame of a clip. Research use only."""
