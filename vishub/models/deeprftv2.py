@@ -31,7 +31,7 @@ from torch import nn
 
 from vishub.models.builder import build_model
 from vishub.models.layers.reversible import Step, run, run_reversible
-from vishub.models.layers.selective_scan import selective_scan
+from vishub.models.layers.selective_scan import reset_scan_parameters, selective_scan
 
 __all__ = ['DeblurOutput', 'DeepRFTv2', 'half_size']
 
@@ -108,16 +108,7 @@ class SelectiveScan2d(nn.Module):
         self.D = nn.Parameter(torch.ones(inner_dim, **dd))
         self.out_norm = nn.LayerNorm(inner_dim, eps=1e-5, **dd)
         self.out_proj = nn.Linear(inner_dim, dim, bias=False, **dd)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initialise what is particular to the scan: decays 1..N, step sizes log-uniform in 0.001..0.1."""
-        nn.init.uniform_(self.dt_proj.weight, -self.dt_rank ** -0.5, self.dt_rank ** -0.5)
-        step = torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
-        self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-        decays = torch.arange(1, self.d_state + 1, device=self.A_log.device, dtype=self.A_log.dtype)
-        self.A_log.copy_(decays.log().expand_as(self.A_log))
+        reset_scan_parameters(self.dt_proj, self.A_log)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> the same."""

@@ -16,8 +16,9 @@ from typing import Any, Callable, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-__all__ = ['chunk_length', 'selective_scan']
+__all__ = ['chunk_length', 'reset_scan_parameters', 'selective_scan']
 
 # Floats of the states that the backward pass holds at once; longer sequences go through it in groups of chunks.
 _BACKWARD_FLOATS = 1 << 24
@@ -44,7 +45,8 @@ def selective_scan(
         u: Input (B, E, L), any floating-point type.
         delta: Step sizes (B, E, L), before bias and softplus.
         A: (E, N), real and negative: -exp of what is learned.
-        B, C: (B, N, L), or (B, G, N, L) in G groups: channel e uses group e // (E / G).
+        B, C: (B, N, L), or (B, G, N, L) in G groups: channel e uses group e // (E / G); or constant, (E, N), which
+            costs as much as E groups.
         D: (E,), weight of the input itself in the output.
         z: (B, E, L), gate: the output is multiplied by SiLU(z).
         delta_bias: (E,), added to `delta`.
@@ -59,6 +61,8 @@ def selective_scan(
     Raises:
         ValueError: If the shapes do not fit, or there is no such backend.
     """
+    if 2 in (B.ndim, C.ndim):
+        B, C = _by_channel(B, u), _by_channel(C, u)
     _check(u, delta, A, B, C)
     backend = backend or _default_backend(u.device.type)
     if backend == 'mamba_ssm':
@@ -86,6 +90,30 @@ def selective_scan(
     return (y, last_state) if return_last_state else y
 
 
+@torch.no_grad()
+def reset_scan_parameters(dt_proj: nn.Linear, A_log: nn.Parameter) -> None:
+    """Mamba's initialisation of what is particular to the scan: decays 1..N, step sizes log-uniform in 0.001..0.1.
+
+    Args:
+        dt_proj: R -> E; its bias is the scan's `delta_bias`, in front of the softplus.
+        A_log: (E, N), the scan's A being minus its exponential.
+    """
+    nn.init.uniform_(dt_proj.weight, -dt_proj.in_features ** -0.5, dt_proj.in_features ** -0.5)
+    step = torch.empty_like(dt_proj.bias).uniform_(math.log(1e-3), math.log(0.1)).exp_().clamp_(min=1e-4)
+    dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+    decays = torch.arange(1, A_log.shape[1] + 1, device=A_log.device, dtype=A_log.dtype)
+    A_log.copy_(decays.log().expand_as(A_log))
+
+
+def _by_channel(matrix: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """B or C of any form -> (B, E, N, L), a group for each channel of u (B, E, L)."""
+    batch_size, dim, length = u.shape
+    if matrix.ndim == 2:
+        return matrix[None, :, :, None].expand(batch_size, -1, -1, length)
+    matrix = matrix if matrix.ndim == 4 else matrix.unsqueeze(1)
+    return matrix.repeat_interleave(dim // matrix.shape[1], dim=1)
+
+
 def _check(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> None:
     if u.ndim != 3 or delta.shape != u.shape:
         raise ValueError(f'u and delta must both be (B, E, L), got {tuple(u.shape)} and {tuple(delta.shape)}')
@@ -101,7 +129,7 @@ def _check(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tenso
         if not fits or matrix.shape != B.shape:
             raise ValueError(
                 f'{name} must be (B, N, L) or (B, G, N, L) with B, N, L = {batch_size}, {A.shape[1]}, {length} and G a '
-                f'divisor of {dim}, and B and C alike; got {tuple(matrix.shape)}')
+                f'divisor of {dim}, and B and C alike, or (E, N); got {tuple(matrix.shape)}')
 
 
 def _default_backend(device_type: str) -> str:
