@@ -17,6 +17,7 @@ from vishub.tasks.classification.data import ImageData, ImageSet
 from vishub.tasks.classification.metrics import model_input, wilson_interval
 from vishub.tasks.classification.pipeline import ClassificationPipeline
 from vishub.tokens import compare
+from vishub.tokens.comparison import save_comparison
 
 CLASSES = ('a', 'b', 'c')
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=3)
@@ -65,8 +66,9 @@ def image_folder(tmp_path_factory):
     return root
 
 
-def row_of(report, method, target=None, searched=False):
-    return next(row for row in report['rows'] if row['method'] == method and row['searched'] is searched
+def row_of(report, method, target=None, searched=False, tuned=False):
+    return next(row for row in report['rows']
+                if row['method'] == method and row['searched'] is searched and row['tuned'] is tuned
                 and target in (None, row['target']))
 
 
@@ -146,6 +148,24 @@ def test_searched_methods_stand_beside_their_defaults():
     assert report['search_trials'] == 3
 
 
+def test_tuned_methods_stand_beside_the_untrained(tmp_path):
+    model, data = random_vit(), some_data()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = compare(
+        model, data, targets=[0.7], methods=['tome', 'pyra'], tune_steps=5, batch_size=10, rounds=0)
+    assert [row['method'] for row in report['rows'] if row['tuned']].count('pyra') == 1
+    plain, alike, gated = (
+        row_of(report, 'tome'), row_of(report, 'tome', tuned=True), row_of(report, 'pyra', tuned=True))
+    assert plain['macs'] == alike['macs'] == gated['macs'] and alike['config'] == plain['config']
+    assert gated['overhead'] > alike['overhead']  # the gates
+    assert plain['agreement'] != alike['agreement']  # it has learnt something
+    assert not any('PYRA' in note for note in report['notes'])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    save_comparison(report, tmp_path)
+    text = (tmp_path / f'tokens_accuracy_{report["data_tag"]}.md').read_text()
+    assert 'PYRA, tuned' in text and 'Tuned: 5 steps of 10 training images' in text
+
+
 def test_limit_takes_evenly_and_splits_are_told():
     data = some_data()
     report = compare(random_vit(), data, methods=['random'], limit=5, rounds=0)
@@ -171,6 +191,7 @@ def test_limit_takes_evenly_and_splits_are_told():
     (dict(split='training'), 'it is test, val or all'),
     (dict(split='all'), 'has a test split'),
     (dict(split='all', search_trials=2), 'apart from those that are measured'),
+    (dict(tune_steps=-1), 'tune_steps is -1'),
     (dict(device='tpu9'), 'not a device'),
     (dict(data=some_data(val=None, test=None)), 'Noise has no val split'),
     (dict(data=ImageData('Two', 'two', ('a', 'b'), *[ImageSet(np.zeros((2, 32, 32, 3), np.uint8), [0, 1])] * 3)),

@@ -21,6 +21,8 @@ def tokens_compare(
         targets: Optional[str] = typer.Option(None, help='Several shares for the plot, as in 1.0,0.8,0.65,0.5,0.35.'),
         search: int = typer.Option(
             0, min=0, help="Also search each method's schedule and options on training images with so many trials."),
+        tune_steps: int = typer.Option(
+            0, min=0, help='Also train PYRA (and ToMe alike, without gates) on training images for so many steps.'),
         split: Optional[str] = typer.Option(None, help='test, val or all; the test split by default, else val.'),
         limit: Optional[int] = typer.Option(None, help='At most so many images, evenly spread.'),
         output: Optional[Path] = typer.Option(None, help='Folder for tokens_accuracy_DATA.md, .json and .png.'),
@@ -37,7 +39,8 @@ def tokens_compare(
 
     from vishub.errors import InputError, import_extra
     from vishub.tasks.classification.data import load_data
-    from vishub.tokens.compare import compare, comparison_cells, save_comparison
+    from vishub.tokens.compare import compare
+    from vishub.tokens.comparison import comparison_cells, save_comparison
     from vishub.tokens.method import find_method
     from vishub.training.loop import rehearse
 
@@ -57,7 +60,7 @@ def tokens_compare(
         bar = bars.add_task('reading', total=None)
         report = compare(
             model, load_data(data), methods=chosen, targets=shares, split=split, limit=limit, batch_size=batch_size,
-            rounds=rounds, search_trials=search, device=device, seed=seed,
+            rounds=rounds, search_trials=search, tune_steps=tune_steps, device=device, seed=seed,
             progress=lambda what, done, total: bars.update(bar, description=what, completed=done, total=total))
     if output is not None:
         save_comparison(report, output, 'vishub ' + shlex.join(sys.argv[1:]))

@@ -19,11 +19,12 @@ from vishub.tokens.search import SearchResult, Trial, search
 from vishub.tokens.token_transforming import TokenTransforming
 from vishub.tokens.tome import ToMe
 from vishub.tokens.tracing import Trace, restore, trace
+from vishub.tokens.tuning import tune
 from vishub.tokens.zero_tprune import PRESETS, ZeroTPrune
 
 __all__ = [
     'ClassAttention', 'Macs', 'Method', 'PRESETS', 'PYRA', 'Random', 'SearchResult', 'Seen', 'State', 'ToMe',
     'TokenTransforming', 'Trace', 'Trial', 'Uniform', 'ZeroTPrune', 'apply', 'compare', 'config', 'functional',
     'keep_tokens', 'load_peft_state_dict', 'macs', 'merge_lora', 'methods', 'peft_state_dict', 'reduced',
-    'register_method', 'remove', 'restore', 'schedule', 'search', 'trace', 'trainable_parameters', 'visualize',
+    'register_method', 'remove', 'restore', 'schedule', 'search', 'trace', 'trainable_parameters', 'tune', 'visualize',
 ]

@@ -4,39 +4,35 @@ Every image is prepared once and shown to all contenders, which share one set of
 which every contender runs once, beginning with another each time, so that other work of the machine slows all alike.
 """
 import copy
-import json
 import math
 import statistics
 import time
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
 
 from vishub.errors import InputError, WeightsNotFoundError
-from vishub.files import atomic_path
+from vishub.tokens.comparison import UNREDUCED, method_title, place
 from vishub.tokens.cost import macs
-from vishub.tokens.method import Method, find_method, methods, number, whole
-from vishub.tokens.reduced import apply, config
+from vishub.tokens.method import Method, find_method, number, whole
+from vishub.tokens.method import methods as all_methods
+from vishub.tokens.pyra import merge_lora
+from vishub.tokens.reduced import apply, config, remove
 from vishub.tokens.search import search
+from vishub.tokens.tuning import tune
 
 if TYPE_CHECKING:
     from vishub.tasks.classification.data import ImageData, ImageSet
     from vishub.tasks.classification.pipeline import ClassificationPipeline
 
-__all__ = ['compare', 'comparison_markdown', 'method_title', 'plot_comparison', 'save_comparison']
+__all__ = ['compare']
 
 # (what is done now, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 
-UNREDUCED = 'none'
-_TITLES = {
-    UNREDUCED: 'Unreduced', 'tome': 'ToMe', 'zero_tprune': 'Zero-TPrune', 'token_transforming': 'Token Transforming',
-    'pyra': 'PYRA', 'class_attention': 'Class attention', 'uniform': 'Uniform', 'random': 'Random',
-}
 _CALIBRATION_IMAGES = 512
 
 
@@ -47,6 +43,7 @@ class _Contender:
     target: float
     model: nn.Module
     searched: bool = False
+    tuned: bool = False
     settings: Dict[str, Any] = field(default_factory=dict)
     hits: int = 0
     same: int = 0  # images with the unreduced model's first class
@@ -67,6 +64,7 @@ def compare(
         batch_size: int = 64,
         rounds: int = 7,
         search_trials: int = 0,
+        tune_steps: int = 0,
         device: Optional[str] = None,
         seed: int = 0,
         progress: Optional[Progress] = None,
@@ -85,6 +83,8 @@ def compare(
         rounds: Timed rounds after an untimed one; 0 measures no speed.
         search_trials: Also search each method's schedule and options (`tokens.search`) on 512 evenly spread training
             images with so many trials, by agreement with the unreduced model; 0 does not.
+        tune_steps: Also train PYRA at each target on training images, so many steps of `batch_size`, and beside it ToMe
+            with the same low-rank updates and classifier, but no gates; 0 does not.
         device: As for `ClassificationPipeline`.
         seed: Of random methods and the search.
         progress: Told how far the work is.
@@ -92,18 +92,19 @@ def compare(
     Returns:
         JSON values: `model`, `num_params`, `data`, `split`, `num_images`, `macs`, `hardware`, `clock`, `batch_size`,
         `rounds`, `rows` (the unreduced model first, then by target and accuracy) and `notes` (sentences). A row has
-        `method`, `searched`, `target`, `config`, `macs`, `macs_share`, `overhead`, `overhead_share`, `correct`, `top1`,
-        `top1_ci95` (Wilson), `change` and `change_ci95` (against the unreduced model, paired), `agreement` (per cent
-        of images with its first class), and with `rounds` `latency_ms` (batch 1), `latency_speedup`, `throughput`
-        (images/s) and `throughput_speedup` (medians of the rounds' ratios).
+        `method`, `searched`, `tuned`, `target`, `config`, `macs`, `macs_share`, `overhead`, `overhead_share`,
+        `correct`, `top1`, `top1_ci95` (Wilson), `change` and `change_ci95` (against the unreduced model, paired),
+        `agreement` (per cent of images with its first class), and with `rounds` `latency_ms` (batch 1),
+        `latency_speedup`, `throughput` (images/s) and `throughput_speedup` (medians of the rounds' ratios).
 
     Raises:
         InputError: If an argument cannot be used, there are no weights, the data have other classes than the model, or
             a method named here cannot work on the model or meet a target.
     """
-    chosen, targets = _check(methods, targets, limit, batch_size, rounds, search_trials)
-    if search_trials and split == 'all':
-        raise InputError('a search needs images apart from those that are measured, and split=all leaves none')
+    chosen, targets = _check(methods, targets, limit, batch_size, rounds, search_trials, tune_steps)
+    if (search_trials or tune_steps) and split == 'all':
+        raise InputError(
+            'searching and tuning need images apart from those that are measured, and split=all leaves none')
     images, split = _images(data, split, limit)
     pipe = _pipeline(model, device)
     from vishub.tasks.classification.metrics import class_order
@@ -113,9 +114,13 @@ def compare(
     full = macs(base).total  # refuses models whose tokens cannot be reduced
 
     contenders = [_Contender(UNREDUCED, 1., base)]
-    notes = _enter(contenders, base, chosen, targets)
+    tuned = bool(tune_steps) and (chosen is None or 'pyra' in chosen)
+    untuned = [name for name in chosen or all_methods() if not (tuned and name == 'pyra')]
+    notes = _enter(contenders, base, untuned, targets, strict=chosen is not None)
     if search_trials:
         _enter_searched(contenders, pipe, data, search_trials, batch_size, seed, tell)
+    if tuned:
+        _enter_tuned(contenders, pipe, data, order, targets, tune_steps, batch_size, seed, tell)
     _measure_accuracy(contenders, pipe, images, order, batch_size, seed, tell)
     if rounds:
         _measure_speed(contenders, pipe, images, batch_size, rounds, tell)
@@ -126,7 +131,8 @@ def compare(
     return {
         'model': pipe.name, 'num_params': pipe.num_params, 'data': data.name, 'data_tag': data.tag, 'split': split,
         'num_images': len(images), 'macs': full, 'tokens': macs(base).tokens_end[0], 'batch_size': batch_size,
-        'rounds': rounds, 'search_trials': search_trials, 'seed': seed, 'device': str(pipe.device),
+        'rounds': rounds, 'search_trials': search_trials, 'calibration_images': _CALIBRATION_IMAGES,
+        'tune_steps': tune_steps if tuned else 0, 'seed': seed, 'device': str(pipe.device),
         'hardware': describe_hardware(pipe.device),
         'clock': 'CPU time' if _clock(pipe.device) is time.process_time else 'wall time', 'rows': rows, 'notes': notes,
     }
@@ -145,12 +151,13 @@ def _check(
         batch_size: int,
         rounds: int,
         search_trials: int,
+        tune_steps: int,
 ) -> Tuple[Optional[List[str]], List[float]]:
     """Methods without repetitions, and targets below 1 in falling order."""
     for method in chosen or ():
         find_method(method)
     if chosen is not None and not chosen:
-        raise InputError(f'no method is named; there are: {", ".join(methods())}')
+        raise InputError(f'no method is named; there are: {", ".join(all_methods())}')
     for target in targets:
         if isinstance(target, (int, float)) and 1 < target <= 100:
             raise InputError(f'the target {target:g} is no share in (0, 1]; for {target:g} % give {target / 100:g}')
@@ -160,6 +167,7 @@ def _check(
     whole(batch_size, 'batch_size', 1)
     whole(rounds, 'rounds')
     whole(search_trials, 'search_trials')
+    whole(tune_steps, 'tune_steps')
     falling = sorted({float(target) for target in targets if target < 1}, reverse=True)
     return None if chosen is None else list(dict.fromkeys(chosen)), falling
 
@@ -219,13 +227,17 @@ def _sharing(model: nn.Module) -> nn.Module:
 def _enter(
         contenders: List[_Contender],
         base: nn.Module,
-        chosen: Optional[List[str]],
+        chosen: Sequence[str],
         targets: Sequence[float],
+        strict: bool,
 ) -> List[str]:
-    """Add every method at every target; give notes on what is special or missing."""
+    """Add every method at every target; give notes on what is special or missing.
+
+    What cannot be done is an error if `strict`: the user named these methods.
+    """
     notes = []
-    for method in chosen or sorted(methods(), key=_place):
-        if _trains(method) and chosen is None:
+    for method in chosen if strict else sorted(chosen, key=place):
+        if _trains(method) and not strict:
             notes.append(f'{method_title(method)} is left out: it has parameters that are trained for a task, and '
                          'these weights have none. Untrained it is ToMe.')
             continue
@@ -238,7 +250,7 @@ def _enter(
             try:
                 _apply_quietly(model, method, macs=target, **settings)
             except InputError as error:
-                if chosen is not None:
+                if strict:
                     raise
                 notes.append(f'{method_title(method)} at {100 * target:g} % is left out: {error}')
                 continue
@@ -275,7 +287,45 @@ def _enter_searched(
             max_images=_CALIBRATION_IMAGES,
             progress=lambda tried, _, done=done: tell('searching', done * trials + tried, len(plain) * trials))
         model = _apply_quietly(_sharing(contenders[0].model), **found.config)
-        contenders.append(_Contender(contender.method, contender.target, model, True, _settings(model)))
+        contenders.append(
+            _Contender(contender.method, contender.target, model, searched=True, settings=_settings(model)))
+
+
+def _enter_tuned(
+        contenders: List[_Contender],
+        pipe: 'ClassificationPipeline',
+        data: 'ImageData',
+        order: Sequence[int],
+        targets: Sequence[float],
+        steps: int,
+        batch_size: int,
+        seed: int,
+        tell: Progress,
+) -> None:
+    """Train PYRA, and the same without its gates, at every target."""
+    places = torch.as_tensor(order)  # class of the data -> place in the model's output
+    drawn = torch.randint(len(data.train), (steps * batch_size,), generator=torch.Generator().manual_seed(seed))
+    images = data.train.take(drawn.tolist())
+    runs = [(target, gates) for target in targets for gates in (False, True)]
+    for done, (target, gates) in enumerate(runs):
+        model = copy.deepcopy(contenders[0].model)
+        with torch.random.fork_rng([pipe.device] if pipe.device.type == 'cuda' else []):
+            torch.manual_seed(seed)
+            _apply_quietly(model, 'pyra', macs=target)
+            if not gates:  # they start closed
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(parameter.requires_grad and '.pyra_' not in name)
+            tune(
+                model, ((batch, places[labels]) for batch, labels in _batches(pipe, images, batch_size)), steps=steps,
+                amp=pipe.device.type == 'cuda',
+                progress=lambda step, _, done=done: tell('tuning', done * steps + step, len(runs) * steps))
+        merge_lora(model)
+        if not gates:
+            remove(model)
+            _apply_quietly(model, 'tome', macs=target)
+        model.requires_grad_(False)
+        contenders.append(
+            _Contender('pyra' if gates else 'tome', target, model, tuned=True, settings=_settings(model)))
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -338,12 +388,12 @@ def _measure_speed(
     clock = _clock(pipe.device)
     for turn in range(rounds + 1):
         start = turn * max(1, len(contenders) // (rounds + 1)) % len(contenders)
-        for place, contender in enumerate(contenders[start:] + contenders[:start]):
+        for rank, contender in enumerate(contenders[start:] + contenders[:start]):
             for x, seconds, repeats in ((batch[:1], contender.single, 5), (batch, contender.batched, 1)):
                 elapsed = _seconds(contender.model, x, repeats, clock)
                 if turn:
                     seconds.append(elapsed)
-            tell('measuring speed', turn * len(contenders) + place + 1, total)
+            tell('measuring speed', turn * len(contenders) + rank + 1, total)
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
@@ -374,8 +424,8 @@ def _row(contender: _Contender, base: _Contender, full: int, num: int, batch_siz
     # Both models saw the same images, so only those that they judge differently make the change uncertain (Wald).
     spread = 1.959964 * math.sqrt(max(contender.won + contender.lost - num * change ** 2, 0)) / num
     row = {
-        'method': contender.method, 'searched': contender.searched, 'target': contender.target,
-        'config': contender.settings,
+        'method': contender.method, 'searched': contender.searched, 'tuned': contender.tuned,
+        'target': contender.target, 'config': contender.settings,
         'macs': count.total, 'macs_share': count.total / full,
         'overhead': count.overhead, 'overhead_share': count.overhead / full,
         'correct': contender.hits, 'top1': 100 * contender.hits / num,
@@ -395,171 +445,3 @@ def _row(contender: _Contender, base: _Contender, full: int, num: int, batch_siz
 def _ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
     """Median over the rounds of slow / fast."""
     return statistics.median(a / b for a, b in zip(slow, fast))
-
-
-# -- report -----------------------------------------------------------------------------------------------------------
-
-def method_title(method: str) -> str:
-    """A method's name as its paper writes it."""
-    return _TITLES.get(method, method)
-
-
-def _place(method: str) -> int:
-    return list(_TITLES).index(method) if method in _TITLES else len(_TITLES)
-
-
-def row_title(row: Mapping[str, Any]) -> str:
-    return method_title(row['method']) + (', searched' if row['searched'] else '')
-
-
-def amount(count: float) -> str:
-    """Multiply-accumulates to three digits, e.g. `2.99 G`."""
-    for unit, size in (('G', 1e9), ('M', 1e6), ('k', 1e3)):
-        if count >= size:
-            return f'{count / size:.3g} {unit}'
-    return f'{count:.0f}'
-
-
-def comparison_cells(report: Mapping[str, Any]) -> Tuple[List[str], List[List[str]]]:
-    """Head and cells of the table, for the screen and Markdown alike."""
-    head = ['Method', 'MACs', 'share %', '+ deciding %', 'Top-1 %', '95 % interval', 'change', '95 % interval',
-            'agrees %']
-    if report['rounds']:
-        head += ['ms, batch 1', 'speed-up', f'images/s, batch {report["batch_size"]}', 'speed-up']
-    body = []
-    for row in report['rows']:
-        unreduced = row['method'] == UNREDUCED
-        cells = [
-            row_title(row), amount(row['macs']), f'{100 * row["macs_share"]:.1f}', f'{100 * row["overhead_share"]:.2f}',
-            f'{row["top1"]:.2f}', '{:.2f} to {:.2f}'.format(*row['top1_ci95']),
-            '' if unreduced else f'{row["change"]:+.2f}',
-            '' if unreduced else '{:+.2f} to {:+.2f}'.format(*row['change_ci95']),
-            '' if unreduced else f'{row["agreement"]:.1f}',
-        ]
-        if report['rounds']:
-            cells += [f'{row["latency_ms"]:.2f}', f'{row["latency_speedup"]:.2f}', f'{row["throughput"]:.0f}',
-                      f'{row["throughput_speedup"]:.2f}']
-        body.append(cells)
-    return head, body
-
-
-def comparison_markdown(report: Mapping[str, Any], command: str = '', plot: str = '') -> str:
-    """The report to read.
-
-    Args:
-        report: Of `compare`.
-        command: What made it, to be shown.
-        plot: File name of the picture, to be shown.
-    """
-    head, body = comparison_cells(report)
-    how = [
-        f'{report["model"]} ({report["num_params"] / 1e6:.2f} M parameters, {report["tokens"]} tokens, '
-        f'{amount(report["macs"])} multiply-accumulates) on {report["num_images"]:,} images of {report["data"]}, '
-        f'{report["split"]}. All methods are applied to the same weights, without training, and have at most the '
-        'multiply-accumulates of their target; what deciding costs comes on top and has its own column. Intervals of '
-        "top-1 are Wilson's; those of the change are paired, since all methods saw the same images.",
-    ]
-    if report['rounds']:
-        how.append(f'Speeds: {report["clock"]} on {report["hardware"]}, fp32, medians of {report["rounds"]} '
-                   'interleaved rounds; speed-ups are medians of the ratios to the unreduced model in the same round.')
-    if report['search_trials']:
-        how.append(f'Searched: schedule and options by `tokens.search`, {report["search_trials"]} trials on at most '
-                   f'{_CALIBRATION_IMAGES} training images, by agreement with the unreduced model, without labels.')
-    lines = [f'# Token reduction of {report["model"]} on {report["data"]}', '', ' '.join(how), '']
-    if plot:
-        lines += [f'![Accuracy against multiply-accumulates and speed]({plot})', '']
-    lines += ['| ' + ' | '.join(head) + ' |', '|---' + '|---:' * (len(head) - 1) + '|']
-    lines += ['| ' + ' | '.join(cells) + ' |' for cells in body]
-    lines += ['', *(f'- {note}' for note in report['notes'])]
-    if command:
-        lines += ['', f'    {command}']
-    return '\n'.join(lines).rstrip() + '\n'
-
-
-def save_comparison(report: Mapping[str, Any], folder: Union[str, Path], command: str = '') -> List[Path]:
-    """Write `tokens_accuracy_<data>.json`, `.png` and `.md`, each whole or not at all.
-
-    Returns:
-        The files.
-    """
-    stem = Path(folder) / f'tokens_accuracy_{report["data_tag"]}'
-    files = [stem.with_suffix(suffix) for suffix in ('.json', '.png', '.md')]
-    with atomic_path(files[0]) as temporary:
-        temporary.write_text(
-            json.dumps({**report, 'command': command}, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-    plot_comparison(report, files[1])
-    with atomic_path(files[2]) as temporary:
-        temporary.write_text(comparison_markdown(report, command, files[1].name), encoding='utf-8')
-    return files
-
-
-# Colours that stay apart for the colour-blind (Okabe and Ito); what methods have to beat is grey.
-_STYLES = {
-    'tome': ('#0072B2', 'o'), 'zero_tprune': ('#D55E00', 's'), 'token_transforming': ('#009E73', 'D'),
-    'pyra': ('#CC79A7', 'P'), 'class_attention': ('#4D4D4D', '^'), 'uniform': ('#8C8C8C', 'p'),
-    'random': ('#B5B5B5', 'v'),
-}
-_OTHERS = ('#E69F00', '#56B4E9', '#F0E442')
-
-
-def plot_comparison(report: Mapping[str, Any], path: Union[str, Path]) -> None:
-    """Draw accuracy against multiply-accumulates and, where it was measured, against throughput; save the picture.
-
-    Args:
-        report: Of `compare`.
-        path: Picture file; its suffix tells the format.
-    """
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    from vishub.tasks.classification.metrics import new_figure
-    base, rows = report['rows'][0], report['rows'][1:]
-    panels = [('macs_share', 100., 'multiply-accumulates, % of the unreduced model')]
-    if report['rounds']:
-        panels.append(('throughput_speedup', 1., f'measured throughput, times the unreduced model '
-                                                 f'(batch {report["batch_size"]})'))
-    figure = new_figure(5.4 * len(panels) + 0.4, 4.9)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    names = list(dict.fromkeys((row['method'], row['searched']) for row in rows))
-    names.sort(key=lambda name: (_place(name[0]), name[1]))
-    both = {name for name, searched in names if searched}
-    unknown = [name for name, _ in names if name not in _STYLES]
-    for axis, (key, scale, label) in zip(axes, panels):
-        low, high = base['top1_ci95']
-        axis.axhspan(low, high, color='#000000', alpha=0.06, linewidth=0)
-        axis.axhline(base['top1'], color='#000000', linewidth=0.9, linestyle=(0, (5, 3)))
-        for name, searched in names:
-            colour, marker = _STYLES.get(name) or (_OTHERS[unknown.index(name) % len(_OTHERS)], 'h')
-            line = [base] + [row for row in rows if (row['method'], row['searched']) == (name, searched)]
-            line.sort(key=lambda row: -row['macs_share'])
-            faint = name in both and not searched  # the same method without search, where both are there
-            x, y = [scale * row[key] for row in line], [row['top1'] for row in line]
-            axis.plot(
-                x, y, color=colour, linewidth=1.2 if faint else 1.8, linestyle=':' if faint else '-', zorder=3,
-                marker=marker, markevery=slice(1, None), markersize=5 if faint else 6.5,
-                markerfacecolor='white' if faint else colour, markeredgecolor=colour if faint else 'white',
-                markeredgewidth=1.1 if faint else 0.7, label=row_title({'method': name, 'searched': searched}))
-            if not faint:
-                tails = [[row['top1'] - row['top1_ci95'][0] for row in line[1:]],
-                         [row['top1_ci95'][1] - row['top1'] for row in line[1:]]]
-                axis.errorbar(x[1:], y[1:], yerr=tails, fmt='none', ecolor=colour, alpha=0.5, elinewidth=1, zorder=2)
-        axis.plot([scale * base[key]], [base['top1']], marker='o', color='#000000', markersize=6, zorder=4,
-                  linestyle='none')
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[['top', 'right']].set_visible(False)
-        axis.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-    axes[0].set_xticks(sorted({100 * row['target'] for row in report['rows']}))
-    axes[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
-    axes[0].invert_xaxis()  # less work to the right, as more speed is in the other panel
-    axes[0].annotate(f'unreduced {base["top1"]:.1f} %', (1, base['top1']), xycoords=('axes fraction', 'data'),
-                     xytext=(-2, 4), textcoords='offset points', ha='right', fontsize='small')
-    axes[0].set_ylabel(f'top-1 accuracy on {report["data"]}, %')
-    figure.suptitle(
-        f'{report["model"]}: token reduction without training, {report["num_images"]:,} images, 95 % intervals',
-        fontsize='medium')
-    if names:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', frameon=False,
-                      ncols=min(len(names), 4 * len(panels) - 1), fontsize='small')
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=160)
