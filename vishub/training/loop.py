@@ -172,6 +172,7 @@ class _Run:
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         optimizer = make_optimizer(self.model, config)
+        recipe.start(optimizer)
         self.schedule = make_schedule(optimizer, config, self.total_steps)
         self.ema = make_average(self.model, config, self.total_steps, split=sharding is not None)
 

@@ -61,6 +61,10 @@ class Recipe(abc.ABC):
         """Called at every step with the model in training mode: a recipe may put frozen parts into eval mode."""
         return
 
+    def start(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called once, before a checkpoint is read: a recipe that goes on from another run loads its state here."""
+        return
+
     def remarks(self) -> Sequence[str]:
         """Lines that a user should read before training, known once the model is built."""
         return ()
