@@ -20,6 +20,7 @@ for _file in (
         'train_generation',
         'train_tracking',
         'train_video_prediction',
+        'train_volume_segmentation',
         'train_video_segmentation',
         'evaluate',
         'prune',
