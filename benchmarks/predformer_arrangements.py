@@ -6,7 +6,8 @@ Same data, order, recipe and steps for all: the tiny form with 12 blocks (layers
 divide that), one cycle of the learning rate as in the card of predformer_tiny. The peer has about as many parameters as
 predformer_tiny itself, which has 6 blocks; `--blocks 6` compares at that size (quads then have 4). Each run resumes
 from its own folder, so the same command goes on where it was stopped, and a finished run is not repeated. The table, in
-`--output`, is written anew after every run and says which are missing.
+`--output`, is written anew after every run and says which are missing. `--card weights/predformer_tiny.moving_mnist`
+then puts the finished ones, with their epochs, beside the trained model into its card.
 """
 import argparse
 import json
@@ -17,7 +18,7 @@ from simvp import PEERS, SimvpLike
 from torch import nn
 
 from vishub.models.predformer import ARRANGEMENTS
-from vishub.tasks.video_prediction.metrics import evaluate
+from vishub.tasks.video_prediction.metrics import evaluate, update_card
 from vishub.tasks.video_prediction.training import VideoPredictionRecipe
 from vishub.training import TrainConfig, train
 from vishub.training.loop import TrainResult
@@ -77,6 +78,20 @@ def table(output: Path, names: List[str]) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def into_card(folder: Path, options: argparse.Namespace) -> None:
+    """Measure the model of a weights folder again, and add the finished runs to the peers in its card."""
+    report = evaluate([str(folder)], options.data, device=None if options.device == 'auto' else options.device)
+    for name in options.models:
+        file = options.output / name / 'evaluation.json'
+        if file.is_file():
+            run = json.loads(file.read_text(encoding='utf-8'))
+            report['peers'].append({
+                'name': name if name == PEER else f'predformer_{name}, {options.blocks} blocks', 'num_params':
+                run['num_params'], 'metrics': run['metrics'], 'horizon': run['report']['horizon'],
+                'epochs': options.epochs, 'wall_s': run['wall_s']})
+    update_card(folder, report)
+
+
 def main(words: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', required=True, help='folder of MNIST, see vishub train video_prediction')
@@ -92,6 +107,7 @@ def main(words: Optional[List[str]] = None) -> None:
     parser.add_argument('--time-limit', type=float, default=0., help='minutes a run; the same command goes on')
     parser.add_argument('--device', default='auto')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--card', type=Path, help='folder of trained weights of predformer_tiny')
     options = parser.parse_args(words)
     for name in options.models:
         if (options.output / name / 'evaluation.json').is_file():
@@ -103,6 +119,8 @@ def main(words: Optional[List[str]] = None) -> None:
             time_limit=options.time_limit, checkpoint_every=500))
         (options.output / 'arrangements.md').write_text(table(options.output, options.models), encoding='utf-8')
     print(table(options.output, options.models), end='')
+    if options.card is not None:
+        into_card(options.card, options)
 
 
 if __name__ == '__main__':
