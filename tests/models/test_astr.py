@@ -2,11 +2,11 @@
 import pytest
 import timm
 import torch
-from vishub.tasks.video_segmentation.training import segmentation_loss
 
 from tests.models.official_weights import load_case
 from vishub.models.astr import ASTR, CrossAttention, checkpoint_filter_fn, clip_indices
 from vishub.models.cost import count_macs
+from vishub.tasks.video_segmentation.training import segmentation_loss
 
 PARAMETERS = {  # for clips of 2, 3 and 4 frames
     'astr_res2net50': (37_168_874, 37_907_883, 38_646_892),

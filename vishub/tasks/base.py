@@ -40,6 +40,7 @@ _PIPELINES: Dict[str, Tuple[str, str]] = {
     'deblurring': ('vishub.tasks.deblurring.pipeline', 'DeblurringPipeline'),
     'generation': ('vishub.tasks.generation.pipeline', 'GenerationPipeline'),
     'video_prediction': ('vishub.tasks.video_prediction.pipeline', 'VideoPredictionPipeline'),
+    'video_segmentation': ('vishub.tasks.video_segmentation.pipeline', 'VideoSegmentationPipeline'),
 }
 
 

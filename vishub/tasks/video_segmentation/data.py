@@ -1,7 +1,6 @@
 """Clips with masks to learn segmentation from: procedural phantoms, and folders of frames and masks."""
 import abc
 import dataclasses
-import functools
 import math
 import re
 from pathlib import Path
@@ -138,17 +137,19 @@ class FolderClips(ClipSet):
     def __init__(self, recordings: Sequence[_Recording], clip_size: int, geometry: str = '', soft: bool = False):
         self.recordings, self.clip_size, self.geometry, self.soft = list(recordings), clip_size, geometry, soft
         self.ends = np.cumsum([len(recording.frames) for recording in self.recordings])
+        self._sectors: Dict[int, Tuple[Sector, Tuple[int, int, int, int]]] = {}  # found when first asked for
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019  as many as there are recordings, and as long-lived as they
     def _sector(self, number: int) -> Tuple[Sector, Tuple[int, int, int, int]]:
-        recording = self.recordings[number]
-        try:
-            return find_sector(np.asarray(decode_image(recording.frames[0]).image))
-        except InputError as error:
-            raise InputError(f"'{recording.frames[0]}': {error}") from error
+        if number not in self._sectors:
+            first = self.recordings[number].frames[0]
+            try:
+                self._sectors[number] = find_sector(np.asarray(decode_image(first).image))
+            except InputError as error:
+                raise InputError(f"'{first}': {error}") from error
+        return self._sectors[number]
 
     def sample(self, index: int, side: int, epoch: int = _FIXED) -> Dict[str, torch.Tensor]:
         number = int(np.searchsorted(self.ends, index, side='right'))

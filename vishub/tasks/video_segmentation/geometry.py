@@ -130,9 +130,10 @@ def find_sector(image: np.ndarray) -> Tuple[Sector, Tuple[int, int, int, int]]:
     return sector, (round(middle - half), 0, round(middle + half) + 1, outer + 1)
 
 
-# -- as the official code does it ---------------------------------------------------------------------------------------
+# -- as the official code does it -------------------------------------------------------------------------------------
 
-def linear_to_convex(image: np.ndarray, angle: float = 160., r0: int = 120, k: int = 20, top: bool = False) -> np.ndarray:
+def linear_to_convex(
+        image: np.ndarray, angle: float = 160., r0: int = 120, k: int = 20, top: bool = False) -> np.ndarray:
     """ASMA's conversion of a linear frame, pixel for pixel (the defaults are those of the official call).
 
     Args:
