@@ -38,7 +38,7 @@ def crop(image: np.ndarray, centre: Tuple[float, float], side: int, out: int, fi
         uint8 (out, out, 3).
     """
     height, width = image.shape[:2]
-    left, top = round(centre[0] - side / 2), round(centre[1] - side / 2)
+    left, top = _corner(centre, side)
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
     reduced = -(-side // _MOST_SIDE)
     size = -(-side // reduced)
@@ -58,15 +58,21 @@ def crop(image: np.ndarray, centre: Tuple[float, float], side: int, out: int, fi
 
 def box_in_crop(box: np.ndarray, centre: Tuple[float, float], side: int) -> np.ndarray:
     """x, y, w, h in the frame -> cx, cy, w, h in units of the crop, float32 (4,)."""
-    left, top = round(centre[0] - side / 2), round(centre[1] - side / 2)
+    left, top = _corner(centre, side)
     x, y, w, h = (float(value) for value in box)
     return np.array([x + w / 2 - left, y + h / 2 - top, w, h], np.float32) / side
 
 
 def box_in_frame(box: np.ndarray, centre: Tuple[float, float], side: int) -> np.ndarray:
     """cx, cy, w, h in units of the crop -> x, y, w, h in the frame, float64 (4,)."""
+    left, top = _corner(centre, side)
     cx, cy, w, h = (float(value) * side for value in box)
-    return np.array([centre[0] - side / 2 + cx - w / 2, centre[1] - side / 2 + cy - h / 2, w, h])
+    return np.array([left + cx - w / 2, top + cy - h / 2, w, h])
+
+
+def _corner(centre: Tuple[float, float], side: int) -> Tuple[int, int]:
+    """Left and top of the square in whole pixels; boxes are turned with the same, so that none loses half a pixel."""
+    return round(centre[0] - side / 2), round(centre[1] - side / 2)
 
 
 def clip_box(box: np.ndarray, width: int, height: int, min_size: float) -> np.ndarray:
