@@ -39,6 +39,7 @@ _PIPELINES: Dict[str, Tuple[str, str]] = {
     'classification': ('vishub.tasks.classification.pipeline', 'ClassificationPipeline'),
     'deblurring': ('vishub.tasks.deblurring.pipeline', 'DeblurringPipeline'),
     'generation': ('vishub.tasks.generation.pipeline', 'GenerationPipeline'),
+    'tracking': ('vishub.tasks.tracking.pipeline', 'TrackingPipeline'),
     'video_prediction': ('vishub.tasks.video_prediction.pipeline', 'VideoPredictionPipeline'),
     'video_segmentation': ('vishub.tasks.video_segmentation.pipeline', 'VideoSegmentationPipeline'),
 }

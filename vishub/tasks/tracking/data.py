@@ -9,8 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vishub.errors import InputError
-from vishub.tasks.tracking.crops import (
-    SEARCH_FACTOR, TEMPLATE_FACTOR, box_in_crop, crop, crop_side, mean_colour)
+from vishub.tasks.tracking.crops import SEARCH_FACTOR, TEMPLATE_FACTOR, box_in_crop, crop, crop_side, mean_colour
 from vishub.tasks.tracking.scenes import NoiseTextures, PhotoTextures, Scene, Textures, find_photos
 from vishub.training.recipe import SampleKey
 

@@ -9,7 +9,16 @@ from vishub.models.bactrack import BACTrack
 from vishub.tasks.base import choose_device, pretrained_cfg_of
 from vishub.tasks.tracking.collection import Collection
 from vishub.tasks.tracking.crops import (
-    SEARCH_FACTOR, TEMPLATE_FACTOR, as_image, box_in_frame, check_box, clip_box, crop, crop_side, mean_colour)
+    SEARCH_FACTOR,
+    TEMPLATE_FACTOR,
+    as_image,
+    box_in_frame,
+    check_box,
+    clip_box,
+    crop,
+    crop_side,
+    mean_colour,
+)
 
 __all__ = ['AnyTracker', 'Step', 'Tracker']
 
