@@ -15,11 +15,11 @@ from torch import nn
 
 from vishub.errors import InputError, import_extra
 from vishub.files import atomic_path
-from vishub.hub import annotate, verify
-from vishub.hub.find import WEIGHTS_FILE, weights_folder
+from vishub.hub.find import weights_folder
 from vishub.tasks.base import Progress
 from vishub.tasks.classification.data import ImageData, ImageSet, Indices
 from vishub.tasks.classification.pipeline import ClassificationPipeline
+from vishub.tasks.evaluation import card_for, into_card, recorded, write_report
 
 __all__ = [
     'CORRUPTIONS', 'SEVERITIES', 'class_order', 'class_report', 'classification_metrics', 'corrupt', 'evaluate',
@@ -392,7 +392,7 @@ def evaluate(
     tables: Dict[str, Dict[str, List[float]]] = {}
     for name, (pipe, folder) in pipes.items():
         figures = measure(pipe, images, data.classes, batch_size=batch_size, advance=advance)
-        training = _recorded(folder).get('training', {})
+        training = recorded(folder).get('training', {})
         budget = {key: training[key] for key in ('wall_s', 'epochs') if key in training}
         size = {'num_params': pipe.num_params, 'input_size': list(pipe.input_size)}
         measured.append({'name': name, **size, **figures, **budget})
@@ -410,13 +410,6 @@ def evaluate(
         report['robustness'] = {
             'metric': 'top1', 'severities': list(SEVERITIES), 'num_images': len(some), 'seed': seed, 'models': tables}
     return report
-
-
-def _recorded(folder: Optional[Path]) -> Dict[str, Any]:
-    """A folder's metrics.json, empty if there is none."""
-    if folder is None or not (folder / 'metrics.json').is_file():
-        return {}
-    return json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
 
 
 def _display_name(model: str, folder: Optional[Path], is_peer: bool) -> str:
@@ -438,9 +431,7 @@ def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List
         The files.
     """
     folder = Path(folder)
-    files = [folder / 'evaluation.json', folder / 'confusion.png', folder / 'calibration.png']
-    with atomic_path(files[0]) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    files = [write_report(report, folder), folder / 'confusion.png', folder / 'calibration.png']
     plot_confusion(report['report']['confusion'], list(report['report']['classes']), files[1])
     plot_calibration(report['report']['calibration'], report['metrics']['ece'], files[2])
     if 'robustness' in report:
@@ -456,22 +447,14 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> None:
         InputError: If the figures are not of the test split of the data that the weights were trained on.
         WeightsNotFoundError: If the weights are not those that metrics.json speaks of.
     """
-    recorded = _recorded(folder)
-    if 'sha256' not in recorded:
-        raise InputError(f"'{folder}' has no metrics.json with the checksum of its weights: save it with save_folder")
-    verify(folder / WEIGHTS_FILE, recorded['sha256'])
-    if report['split'] not in ('test split', recorded.get('split')):
+    known = card_for(folder, report)
+    if report['split'] not in ('test split', known.get('split')):
         raise InputError(f"a card has figures of the test split, not of the {report['split']}")
-    if recorded.get('data', report['data']) != report['data']:
-        raise InputError(f"'{folder}' was trained on {recorded['data']}; figures on {report['data']} belong elsewhere")
-    facts = {key: report[key] for key in ('data', 'split', 'num_test', 'metrics', 'report')}
-    if report['peers']:
-        facts['peers'] = report['peers']
+    card = None
     if 'robustness' in report:
         plot_robustness(report['robustness'], folder / 'robustness.png')
-        facts['robustness'] = report['robustness']
-        facts['card'] = {**recorded.get('card', {}), 'robustness_plot': 'robustness.png'}
-    annotate(folder, **facts)
+        card = {**known.get('card', {}), 'robustness_plot': 'robustness.png'}
+    into_card(folder, report, card)
 
 
 def plot_robustness(measured: Mapping[str, Any], path: Union[str, Path]) -> None:

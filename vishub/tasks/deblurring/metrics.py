@@ -6,7 +6,6 @@ pictures. Blur made here has unseen photographs and unseen kernels.
 The classical methods are told how large each kernel is (its bounding box), not its values, and get the best of several
 settings on the very pictures that are measured: an upper bound of what they can do without knowing the kernel.
 """
-import json
 import math
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
@@ -17,12 +16,13 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from vishub.errors import InputError, import_extra
 from vishub.files import atomic_path
-from vishub.hub.find import WEIGHTS_FILE, verify, weights_folder
+from vishub.hub.find import weights_folder
 from vishub.tasks import drawing
 from vishub.tasks.base import Progress
 from vishub.tasks.deblurring.data import DeblurData, Sample, load_data
 from vishub.tasks.deblurring.pipeline import DeblurringPipeline
 from vishub.tasks.deblurring.shake import from_linear, to_linear
+from vishub.tasks.evaluation import into_card, write_report
 
 __all__ = [
     'card_entry', 'evaluate', 'figures', 'peers_of', 'save_evaluation', 'save_sheet', 'update_card',
@@ -247,9 +247,7 @@ def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List
         The files.
     """
     folder = Path(folder)
-    files = [folder / 'evaluation.json', folder / 'gain.png']
-    with atomic_path(files[0]) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    files = [write_report(report, folder), folder / 'gain.png']
     from vishub.tasks.classification.metrics import new_figure
 
     figure = new_figure(6, 4)
@@ -339,14 +337,6 @@ def update_card(folder: Union[str, Path], report: Mapping[str, Any]) -> None:
         InputError: If the figures are not of the data that the weights were trained on.
         WeightsNotFoundError: If the weights are not those that metrics.json speaks of.
     """
-    from vishub.hub import annotate
 
     folder = Path(folder)
-    file = folder / 'metrics.json'
-    recorded = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-    if 'sha256' not in recorded:
-        raise InputError(f"'{folder}' has no metrics.json with the checksum of its weights: save it with save_folder")
-    verify(folder / WEIGHTS_FILE, recorded['sha256'])
-    if recorded.get('data', report['data']) != report['data']:
-        raise InputError(f"'{folder}' was trained on {recorded['data']}; figures on {report['data']} belong elsewhere")
-    annotate(folder, **{key: report[key] for key in ('data', 'split', 'num_test', 'metrics', 'peers', 'report')})
+    into_card(folder, report)

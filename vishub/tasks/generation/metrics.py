@@ -6,7 +6,6 @@ same judge and number of pictures. The FID itself is measured where the Inceptio
 """
 import dataclasses
 import io
-import json
 import os
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -18,13 +17,13 @@ from PIL import Image, ImageDraw
 from vishub import catalog
 from vishub.errors import InputError, import_extra
 from vishub.files import atomic_path
-from vishub.hub import annotate, verify
-from vishub.hub.find import WEIGHTS_FILE, weights_folder
+from vishub.hub.find import weights_folder
 from vishub.tasks import drawing
 from vishub.tasks.base import Progress
 from vishub.tasks.classification.data import ImageData, ImageSet, load_data
 from vishub.tasks.classification.metrics import class_order, model_input, new_figure, wilson_interval
 from vishub.tasks.classification.pipeline import ClassificationPipeline
+from vishub.tasks.evaluation import card_for, into_card, recorded, write_report
 from vishub.tasks.generation.pipeline import GenerationPipeline, picture_grid
 
 __all__ = [
@@ -293,7 +292,7 @@ def evaluate(
             figures['fid'] = round(inception_distance(inception, pictures, tests, pipe.device), 3)
         classes = {
             label: round(100 * float(right[labels == index].mean()), 2) for index, label in enumerate(data.classes)}
-        training_facts = _recorded(weights_folder(models[number])).get('training', {})
+        training_facts = recorded(weights_folder(models[number])).get('training', {})
         measured.append({
             'name': name, 'num_params': pipe.num_params, 'metrics': figures, 'classes': classes,
             **{key: training_facts[key] for key in ('wall_s', 'epochs', 'steps') if key in training_facts}})
@@ -308,13 +307,6 @@ def evaluate(
         },
         'peers': [{key: value for key, value in entry.items() if key != 'classes'} for entry in measured[1:]],
     }
-
-
-def _recorded(folder: Optional[Path]) -> Dict[str, Any]:
-    """A folder's metrics.json, empty if there is none."""
-    if folder is None or not (folder / 'metrics.json').is_file():
-        return {}
-    return json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
 
 
 # -- report and card --------------------------------------------------------------------------------------------------
@@ -348,9 +340,7 @@ def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List
         The files.
     """
     folder = Path(folder)
-    files = [folder / 'evaluation.json', folder / 'agreement.png']
-    with atomic_path(files[0]) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    files = [write_report(report, folder), folder / 'agreement.png']
     classes = report['report']['classes']
     figure = new_figure(6, 1.2 + 0.3 * len(classes))
     axis = figure.subplots()
@@ -371,12 +361,7 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> None:
         InputError: If the figures are of other data than the weights.
         WeightsNotFoundError: If the weights are not those that metrics.json speaks of.
     """
-    recorded = _recorded(folder)
-    if 'sha256' not in recorded:
-        raise InputError(f"'{folder}' has no metrics.json with the checksum of its weights: save it with save_folder")
-    verify(folder / WEIGHTS_FILE, recorded['sha256'])
-    if recorded.get('data', report['data']) != report['data']:
-        raise InputError(f"'{folder}' was trained on {recorded['data']}; figures on {report['data']} belong elsewhere")
+    known = card_for(folder, report)
     sampling, real = report['report']['sampling'], report['report']['real']
     pipe = GenerationPipeline(f'local-dir:{folder}')
     with atomic_path(folder / 'samples.png') as temporary:
@@ -384,7 +369,7 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> None:
     name = folder.resolve().name
     word = (pipe.class_names or ['0'])[-1]
     card = {
-        **recorded.get('card', {}),
+        **known.get('card', {}),
         'description': f'`{pipe.model.pretrained_cfg["architecture"]}` trained on {report["data"]}: it makes pictures '
                        f'of a class, {pipe.picture_size[1]}x{pipe.picture_size[0]} pixels, from noise.',
         'use': f"import vishub\n\npipe = vishub.pipeline('generation', '{name}')\n"
@@ -400,7 +385,4 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> None:
             f'{sampling["guidance_scale"]:g}; guidance above 1 makes pictures more typical than real ones are.',
         ],
     }
-    facts = {key: report[key] for key in ('data', 'split', 'num_test', 'metrics', 'report')}
-    if report['peers']:
-        facts['peers'] = report['peers']
-    annotate(folder, **facts, card=card)
+    into_card(folder, report, card)

@@ -7,7 +7,6 @@ WeatherBench is the exception: there both are means over pixels, and RMSE is the
 All functions take clips (B, T, C, H, W), the prediction first, and give one value a frame, float64 (B, T).
 `VideoMetrics` averages them over a data set, overall and by horizon.
 """
-import json
 import math
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -19,9 +18,9 @@ from torch import nn
 
 from vishub.errors import InputError
 from vishub.files import atomic_path
-from vishub.hub import annotate
-from vishub.hub.find import WEIGHTS_FILE, verify, weights_folder
+from vishub.hub.find import weights_folder
 from vishub.tasks.base import Progress
+from vishub.tasks.evaluation import into_card, recorded, write_report
 from vishub.tasks.video_prediction.data import ClipSet, VideoData, load_data, stack
 from vishub.tasks.video_prediction.pipeline import VideoPredictionPipeline
 
@@ -301,7 +300,7 @@ def evaluate(
         if name in pipes:
             raise InputError(f"two models are called '{name}'")
         pipes[name] = pipe
-        training = _recorded(folder).get('training', {})
+        training = recorded(folder).get('training', {})
         budgets[name] = {key: training[key] for key in ('wall_s', 'epochs') if key in training}
     own, *others = pipes
     first = pipes[own]
@@ -351,9 +350,7 @@ def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List
     Returns:
         The files.
     """
-    files = [Path(folder) / 'evaluation.json', Path(folder) / _HORIZON]
-    with atomic_path(files[0]) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    files = [write_report(report, folder), Path(folder) / _HORIZON]
     plot_horizon(report, files[1])
     return files
 
@@ -365,16 +362,9 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> None:
         InputError: If the figures are not of the data that the weights were trained on.
         WeightsNotFoundError: If the weights are not those that metrics.json speaks of.
     """
-    recorded = _recorded(folder)
-    if 'sha256' not in recorded:
-        raise InputError(f"'{folder}' has no metrics.json with the checksum of its weights: save it with save_folder")
-    verify(Path(folder) / WEIGHTS_FILE, recorded['sha256'])
-    if recorded.get('data', report['data']) != report['data']:
-        raise InputError(f"'{folder}' was trained on {recorded['data']}; figures on {report['data']} belong elsewhere")
-    facts = {key: report[key] for key in ('data', 'split', 'num_test', 'metrics', 'report', 'peers')}
+    into_card(folder, report)
     if (Path(folder) / _HORIZON).is_file():
         plot_horizon(report, Path(folder) / _HORIZON)
-    annotate(folder, **facts)
 
 
 def draw_pictures(folder: Path, data: VideoData, report: Mapping[str, Any]) -> List[Tuple[str, str]]:
@@ -413,13 +403,6 @@ def plot_horizon(report: Mapping[str, Any], path: Union[str, Path]) -> None:
     axis.legend(fontsize='small')
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
-
-
-def _recorded(folder: Optional[Path]) -> Dict[str, Any]:
-    """A folder's metrics.json, empty if there is none."""
-    if folder is None or not (Path(folder) / 'metrics.json').is_file():
-        return {}
-    return json.loads((Path(folder) / 'metrics.json').read_text(encoding='utf-8'))
 
 
 def _clips(pred: Clip, true: Clip) -> Tuple[torch.Tensor, torch.Tensor]:
