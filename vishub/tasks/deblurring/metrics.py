@@ -337,6 +337,4 @@ def update_card(folder: Union[str, Path], report: Mapping[str, Any]) -> None:
         InputError: If the figures are not of the data that the weights were trained on.
         WeightsNotFoundError: If the weights are not those that metrics.json speaks of.
     """
-
-    folder = Path(folder)
     into_card(folder, report)
