@@ -26,6 +26,7 @@ _METRIC_TITLES = {
     'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'ece': 'Calibration error (0 to 1)',
     'agreement': 'Class agreement (%)', 'frechet': "Fréchet distance in the judge's features",
     'fid': 'FID', 'mse': 'MSE', 'mae': 'MAE', 'rmse': 'RMSE', 'ssim': 'SSIM', 'psnr': 'PSNR (dB)',
+    'dice': 'Dice (0 to 1)', 'hd95': '95 % Hausdorff distance (mm)', 'nsd': 'Normalised surface Dice at 1 mm (0 to 1)',
 }
 
 

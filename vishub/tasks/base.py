@@ -42,6 +42,7 @@ _PIPELINES: Dict[str, Tuple[str, str]] = {
     'tracking': ('vishub.tasks.tracking.pipeline', 'TrackingPipeline'),
     'video_prediction': ('vishub.tasks.video_prediction.pipeline', 'VideoPredictionPipeline'),
     'video_segmentation': ('vishub.tasks.video_segmentation.pipeline', 'VideoSegmentationPipeline'),
+    'volume_segmentation': ('vishub.tasks.volume_segmentation.pipeline', 'VolumeSegmentationPipeline'),
 }
 
 
