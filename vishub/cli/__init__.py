@@ -19,6 +19,7 @@ for _file in (
         'train_deblurring',
         'train_generation',
         'train_tracking',
+        'train_slide_analysis',
         'train_video_prediction',
         'train_volume_segmentation',
         'train_video_segmentation',

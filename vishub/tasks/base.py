@@ -40,6 +40,7 @@ _PIPELINES: Dict[str, Tuple[str, str]] = {
     'deblurring': ('vishub.tasks.deblurring.pipeline', 'DeblurringPipeline'),
     'generation': ('vishub.tasks.generation.pipeline', 'GenerationPipeline'),
     'tracking': ('vishub.tasks.tracking.pipeline', 'TrackingPipeline'),
+    'slide_analysis': ('vishub.tasks.slide_analysis.pipeline', 'SlideAnalysisPipeline'),
     'video_prediction': ('vishub.tasks.video_prediction.pipeline', 'VideoPredictionPipeline'),
     'video_segmentation': ('vishub.tasks.video_segmentation.pipeline', 'VideoSegmentationPipeline'),
     'volume_segmentation': ('vishub.tasks.volume_segmentation.pipeline', 'VolumeSegmentationPipeline'),

@@ -70,7 +70,9 @@ class ReplayBuffer:
 
     # -- breakup ------------------------------------------------------------------------------------------------------
 
-    def add_regions(self, patch: torch.Tensor, region: torch.Tensor, label: int, task: int, rng: torch.Generator) -> None:
+    def add_regions(
+            self, patch: torch.Tensor, region: torch.Tensor, label: int, task: int, rng: torch.Generator,
+    ) -> None:
         """Offer loose regions to the reservoir: the n-th offered stays with probability capacity / n.
 
         Args:

@@ -104,8 +104,9 @@ def score_tasks(logits: Any, labels: Any, tasks: Sequence[Sequence[int]]) -> Dic
     return found
 
 
-def _mean_auc(probabilities: np.ndarray, truth: np.ndarray, classes: np.ndarray, every: bool = False) -> Optional[float]:
-    """The second class's where there are two; else, or if `every`, the mean over the classes of one against the rest."""
+def _mean_auc(
+        probabilities: np.ndarray, truth: np.ndarray, classes: np.ndarray, every: bool = False) -> Optional[float]:
+    """The second class's where there are two; else, or if `every`, the mean of each class against the rest."""
     columns = [1] if len(classes) == 2 and not every else range(len(classes))
     areas = [area_under_curve(probabilities[:, column], truth == classes[column]) for column in columns]
     known: List[float] = [area for area in areas if area is not None]

@@ -19,7 +19,7 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class TextureBank(nn.Module):
     """A fixed bank of random filters in the space of optical density: nothing in it is learnt.
 
-    Optical density (of stains it is the sum) -> random 5 x 5 filters at dilations 1, 2 and 4, a quarter of which see
+    Optical density (of stains it is the sum) -> random 5 x 5 filters at scales 1, 1/2 and 1/4, a quarter of which see
     colour alone -> magnitude -> mean and standard deviation over the picture -> logarithm, then the mean and scale of
     256 random textures of the same seed.
 
@@ -42,8 +42,7 @@ class TextureBank(nn.Module):
         colours = count // 4
         filters[:colours] = rng.standard_normal((colours, 3, 1, 1)) / 25  # means over the window
         filters /= np.abs(filters).sum((1, 2, 3), keepdims=True)
-        self.dilations = (1, 2, 4)
-        # every third filter at each dilation
+        # every third filter at each scale
         self.filters = nn.ParameterList(
             nn.Parameter(torch.from_numpy(filters[place::3].copy()), requires_grad=False) for place in range(3))
         self.register_buffer('mean', torch.zeros(width))
@@ -55,9 +54,9 @@ class TextureBank(nn.Module):
         """(B, 3, H, W), 0 to 1 -> (B, width) float32."""
         density = -torch.log10((x.float() * 255 + 1) / 256)
         means, spreads = [], []
-        for dilation, filters in zip(self.dilations, self.filters):
-            padded = F.pad(density, (2 * dilation,) * 4, mode='replicate')
-            response = F.conv2d(padded, filters, dilation=dilation).abs()
+        for scale, filters in zip((1, 2, 4), self.filters):
+            padded = F.pad(F.avg_pool2d(density, scale), (2,) * 4, mode='replicate')
+            response = F.conv2d(padded, filters).abs()
             means.append(response.mean((2, 3)))
             spreads.append(response.var((2, 3)).sqrt())
         features = torch.log(torch.cat(means + spreads, dim=1) + 0.01)
@@ -90,7 +89,7 @@ class Encoder:
 
     Attributes:
         width: Features.
-        digest: SHA-256 over name, size and all weights, 16 hexadecimal digits: features of another encoder have another.
+        digest: SHA-256 over name, size and all weights, 16 hexadecimal digits: another encoder has another.
     """
 
     def __init__(

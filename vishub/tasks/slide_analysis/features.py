@@ -6,7 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from vishub.files import atomic_path
 from vishub.tasks.base import Progress
 from vishub.tasks.slide_analysis.encoders import Encoder
 from vishub.tasks.slide_analysis.slides import Slide
-from vishub.tasks.slide_analysis.tissue import Regions, Tiling, Tissue, find_tissue, make_regions
+from vishub.tasks.slide_analysis.tissue import Regions, Tiling, find_tissue, make_regions
 
 __all__ = ['FeatureCache', 'SlideFeatures', 'extract', 'read_features']
 
@@ -78,12 +78,12 @@ def extract(
         kept = _kept(part, len(numbers), g, encoder.width)
         if kept is None:
             patch = white.expand(len(numbers) * g * g, -1).clone()
-            views = np.empty((len(numbers), side, side, 3), np.uint8)
+            pictures = np.empty((len(numbers), side, side, 3), np.uint8)
             for place, number in enumerate(numbers):
                 begin = time.perf_counter()
                 x, y = regions.coords[number].tolist()
                 length = round(regions.size)
-                views[place] = slide.read(x, y, length, length, (side, side))
+                pictures[place] = slide.read(x, y, length, length, (side, side))
                 grid = slide.read(x, y, length, length, (g * side, g * side))
                 # rows of patches, their pixel rows, columns, pixel columns -> patches
                 patches = grid.reshape(g, side, g, side, 3).transpose(0, 2, 1, 3, 4).reshape(g * g, side, side, 3)
@@ -97,7 +97,7 @@ def extract(
                 if progress is not None:
                     progress(number + 1, total)
             begin = time.perf_counter()
-            kept = {'patch': patch.view(len(numbers), g, g, -1), 'region': encoder(views)}
+            kept = {'patch': patch.view(len(numbers), g, g, -1), 'region': encoder(pictures)}
             seconds['encode'] += time.perf_counter() - begin
             if part is not None:
                 with atomic_path(part) as temporary:
@@ -106,7 +106,9 @@ def extract(
             progress(numbers[-1] + 1, total)
         patch_parts.append(kept['patch'])
         region_parts.append(kept['region'])
-    return SlideFeatures(torch.cat(patch_parts), torch.cat(region_parts), regions.coords, regions.size, seconds)
+    # rounded as they are stored, so that features made and features found give the same numbers
+    patches, views = (torch.cat(tensors).half().float() for tensors in (patch_parts, region_parts))
+    return SlideFeatures(patches, views, regions.coords, regions.size, seconds)
 
 
 def _kept(part: Optional[Path], count: int, grid: int, width: int) -> Optional[Dict[str, torch.Tensor]]:
@@ -186,9 +188,7 @@ class FeatureCache:
                 f"the cache '{self.folder}' cannot be written ({error.strerror or error}): make room or give another "
                 'folder') from error
         shutil.rmtree(parts, ignore_errors=True)
-        # what is stored, so that the first run gives the numbers of the second
-        stored = read_features(path)
-        return SlideFeatures(stored.patch, stored.region, stored.coords, stored.size, features.seconds)
+        return features
 
 
 def read_features(path: Union[str, Path]) -> SlideFeatures:
@@ -233,9 +233,3 @@ def _fingerprint(path: str, chunk: int = 1 << 20) -> str:
         file.seek(max(0, size - chunk))
         digest.update(file.read(chunk))
     return digest.hexdigest()
-
-
-def overview_of(slide: Slide, tiling: Tiling) -> Tuple[Tissue, Regions]:
-    """Tissue and regions of a slide."""
-    tissue = find_tissue(slide, tiling)
-    return tissue, make_regions(slide, tissue, tiling)

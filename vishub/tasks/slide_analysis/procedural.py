@@ -235,7 +235,8 @@ def draw_slide(
     return picture, lesions
 
 
-def write_pyramid(path: Union[str, Path], pixels: np.ndarray, mpp: Optional[float] = MPP, levels: int = _LEVELS) -> Path:
+def write_pyramid(
+        path: Union[str, Path], pixels: np.ndarray, mpp: Optional[float] = MPP, levels: int = _LEVELS) -> Path:
     """Write a tiled pyramidal TIFF that OpenSlide opens, whole or not at all.
 
     Args:

@@ -162,7 +162,7 @@ class ER(_Rehearsal):
 
 
 class DERPlusPlus(ER):
-    """DER++ (Buzzega et al. 2020, arXiv:2004.07211): one slide to keep its logits (0.1), one to keep its class (0.5)."""
+    """DER++ (Buzzega et al. 2020, arXiv:2004.07211): one slide keeps its logits (0.1), one its class (0.5)."""
 
     name = 'derpp'
 

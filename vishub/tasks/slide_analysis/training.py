@@ -25,14 +25,14 @@ from vishub.errors import InputError
 from vishub.files import atomic_path
 from vishub.models.conslide import mean_similarity_loss
 from vishub.tasks.slide_analysis.continual import score_tasks
-from vishub.tasks.slide_analysis.data import EncodedTask, Item, SlideSet, joined
+from vishub.tasks.slide_analysis.data import EncodedTask, Item, SlideRow, SlideSet, joined
 from vishub.tasks.slide_analysis.strategies import METHODS, Strategy, StrategyOptions, make_strategy
 from vishub.training.checkpoint import load_checkpoint, load_optimizer
 from vishub.training.config import TrainConfig
 from vishub.training.loop import train
 from vishub.training.recipe import Recipe
 
-__all__ = ['SequenceOptions', 'SlideRecipe', 'create_network', 'logits_of', 'train_tasks']
+__all__ = ['SequenceOptions', 'SlideRecipe', 'create_network', 'earlier_tasks', 'logits_of', 'train_tasks']
 
 _SEQUENCE, _WEIGHTS = 'sequence.json', 'weights.safetensors'
 
@@ -286,6 +286,29 @@ def train_tasks(
     return state
 
 
+def earlier_tasks(continue_from: Optional[Path]) -> List[EncodedTask]:
+    """The tasks that an earlier sequence learnt, with their test slides alone; none for None.
+
+    Raises:
+        InputError: If the folder holds no finished sequence.
+    """
+    if continue_from is None:
+        return []
+    return [
+        EncodedTask(task['name'], tuple(task['classes']), (), (), tuple(
+            Item(features, label, SlideRow(path, task['classes'][task['numbers'].index(label)], Path(path).stem))
+            for features, label, path in task['test']))
+        for task in _sequence_of(continue_from)['tasks']]
+
+
+def _sequence_of(folder: Path) -> Dict[str, Any]:
+    try:
+        return json.loads((folder / _SEQUENCE).read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"'{folder}' holds no finished sequence ({error}): give the output folder of an earlier run") from error
+
+
 def _check(tasks: Sequence[EncodedTask], config: TrainConfig) -> None:
     if not tasks:
         raise InputError('no task was given: give at least one')
@@ -304,11 +327,7 @@ def _earlier(continue_from: Optional[Path], options: SequenceOptions) -> Dict[st
     """What an earlier sequence left."""
     if continue_from is None:
         return {'tasks': [], 'scores': [], 'untrained': {}, 'last': '', 'seconds': 0.}
-    try:
-        state: Dict[str, Any] = json.loads((continue_from / _SEQUENCE).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"'{continue_from}' holds no finished sequence ({error}): give the output folder of an earlier run") from error
+    state = _sequence_of(continue_from)
     for key, mine in (('model', options.model), ('model_args', dict(options.model_args)), ('method', options.method)):
         if state[key] != mine:
             raise InputError(f"'{continue_from}' was trained with {key} {state[key]}, now {mine}: use the same")
@@ -319,19 +338,14 @@ def _earlier(continue_from: Optional[Path], options: SequenceOptions) -> Dict[st
 
 
 def _scores(model: Any, tasks: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
-    """Scores on the test slides of tasks as `sequence.json` lists them; NaN-free: tasks whose files are gone are 0."""
+    """Scores on the test slides of tasks as `sequence.json` lists them."""
     rows: List[Item] = []
     for task in tasks:
         for features, label, path in task['test']:
             if not Path(features).is_file():
                 raise InputError(f"'{features}', test features of task '{task['name']}', are gone: bring them back")
-            rows.append(Item(features, label, _row(path)))
+            rows.append(Item(features, label, SlideRow(path, '', Path(path).stem)))
     with torch.no_grad():
         logits = logits_of(model, rows)
     return score_tasks(logits.numpy(), [item.label for item in rows], [task['numbers'] for task in tasks])
 
-
-def _row(path: str) -> Any:
-    from vishub.tasks.slide_analysis.data import SlideRow
-
-    return SlideRow(path, '', Path(path).stem)
