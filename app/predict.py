@@ -3,7 +3,7 @@ import base64
 import html
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator, List, NoReturn, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import gradio as gr
 from PIL import Image
@@ -15,7 +15,7 @@ from .examples import FOLDER
 from .messages import error_sentence, facts_html, failure, notice
 from .models import TrainedModel, choose, trained_models
 from .pipelines import PIPELINES
-from .upload import uploaded
+from .upload import file_input, uploaded
 from .work import RunningWork, Stopped, Work
 
 __all__ = ['CLIPS', 'build', 'predict']
@@ -137,24 +137,6 @@ def _about(model: TrainedModel) -> str:
     return f'<div class="vh-note">{text}</div>'
 
 
-def _clip_input(**kwargs: Any) -> gr.File:
-    """A file component for upload and drop that never fetches an address for a client."""
-    clip: Any = gr.File(file_count='single', type='filepath', **kwargs)
-    move = clip.async_move_resource_to_block_cache
-
-    async def move_files_only(path: Any) -> Any:
-        if '://' in str(path):
-            _refuse_address()
-        return await move(path)
-
-    clip.async_move_resource_to_block_cache = move_files_only
-    return clip
-
-
-def _refuse_address() -> NoReturn:
-    raise gr.Error('An address is not a clip: upload the file itself.', print_exception=False)
-
-
 def build(tab: gr.Tab) -> None:
     """Add the tab's content to the Blocks around it."""
     models = trained_models(TASK)
@@ -164,7 +146,7 @@ def build(tab: gr.Tab) -> None:
     by_name = {model.name: model for model in models}
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
-            clip = _clip_input(label='Clip', height=140, elem_id='vh-predict-clip')
+            clip = file_input('Clip', height=140, elem_id='vh-predict-clip')
             status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-predict-status')
             gallery: List[Tuple[str, str]] = [(str(path), f'Digits {n}') for n, path in enumerate(CLIPS, 1)]
             examples = gr.Gallery(

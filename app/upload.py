@@ -1,4 +1,4 @@
-"""Pictures from the browser. Gradio keeps the bytes; the pipeline alone decodes them, and says what is wrong with them.
+"""Files from the browser. Gradio keeps the bytes; the pipeline alone decodes them, and says what is wrong with them.
 
 Gradio's own decoding would turn a damaged picture into an exception before our code sees it. So listeners that take a
 picture are registered with `preprocess=False` and get the description of the stored file, which `uploaded` reads.
@@ -10,15 +10,24 @@ import gradio as gr
 
 from vishub import InputError
 
-__all__ = ['MAX_FILE_SIZE', 'picture_input', 'uploaded']
+__all__ = ['MAX_FILE_SIZE', 'file_input', 'picture_input', 'uploaded']
 
 MAX_FILE_SIZE = '40mb'
 
 
 def picture_input(label: str, **kwargs: Any) -> gr.Image:
     """An image component for upload, paste and drop that never fetches an address for a client."""
-    picture = gr.Image(label=label, type='filepath', image_mode=None, sources=['upload', 'clipboard'], **kwargs)
-    move = picture.async_move_resource_to_block_cache
+    return _files_only(
+        gr.Image(label=label, type='filepath', image_mode=None, sources=['upload', 'clipboard'], **kwargs))
+
+
+def file_input(label: str, **kwargs: Any) -> gr.File:
+    """A component for upload and drop of one file of any kind that never fetches an address for a client."""
+    return _files_only(gr.File(label=label, file_count='single', type='filepath', **kwargs))
+
+
+def _files_only(component: Any) -> Any:
+    move = component.async_move_resource_to_block_cache
 
     async def move_files_only(path: Any) -> Any:
         # Gradio would download an address that a client names in place of a file.
@@ -26,19 +35,19 @@ def picture_input(label: str, **kwargs: Any) -> gr.Image:
             _refuse_address()
         return await move(path)
 
-    picture.async_move_resource_to_block_cache = move_files_only
-    return picture
+    component.async_move_resource_to_block_cache = move_files_only
+    return component
 
 
 def _refuse_address() -> NoReturn:
-    raise gr.Error('An address is not a picture: upload the file itself.', print_exception=False)
+    raise gr.Error('An address is not a file: upload the file itself.', print_exception=False)
 
 
 def uploaded(value: Optional[dict]) -> Optional[Tuple[str, str]]:
-    """Path on the server and the file's own name, or None if no picture was chosen.
+    """Path on the server and the file's own name, or None if none was chosen.
 
     Args:
-        value: What a listener with `preprocess=False` gets from a `picture_input`.
+        value: What a listener with `preprocess=False` gets from a `picture_input` or a `file_input`.
 
     Raises:
         InputError: If it is not a stored file.
@@ -47,5 +56,5 @@ def uploaded(value: Optional[dict]) -> Optional[Tuple[str, str]]:
         return None
     path = value.get('path')
     if not path:
-        raise InputError('This is not an uploaded file: choose a picture file, or paste one.')
+        raise InputError('This is not an uploaded file: choose a file, or paste a picture.')
     return path, value.get('orig_name') or path.replace('\\', '/').rpartition('/')[2]

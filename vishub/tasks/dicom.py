@@ -85,7 +85,8 @@ def open_dicom(file: Union[str, os.PathLike, bytes], name: str, pixels: bool = T
         except Exception:  # a parser may raise anything on a damaged file, and its words quote the header
             raise InputError(f'{name} is no DICOM file that can be read: get it again from where it came') from None
     if not all(shape):
-        fault = 'its content is encrypted' if 'EncryptedAttributesSequence' in dataset else 'it is a report or an index'
+        fault = 'its content is encrypted' if 'EncryptedAttributesSequence' in dataset else \
+            'it is a report or an index, or damaged'
         raise InputError(f'{name} holds no picture ({fault}): give a file with pixels that can be read')
     return dataset
 

@@ -177,8 +177,9 @@ def _animation(again: Union[Path, bytes], name: str) -> Iterator[VideoFrame]:
     try:
         with Image.open(io.BytesIO(again) if isinstance(again, bytes) else again) as picture:
             for shown in ImageSequence.Iterator(picture):
-                duration = shown.info.get('duration')
-                yield VideoFrame(np.asarray(shown.convert('RGB')), time)
+                pixels = np.asarray(shown.convert('RGB'))
+                duration = shown.info.get('duration')  # of a WebP known when it is decoded
+                yield VideoFrame(pixels, time)
                 time += (float(duration) if duration else 100.) / 1000  # as browsers show frames without one
     except Exception as error:  # as above
         raise InputError(f'{name} is damaged or incomplete ({error})') from error

@@ -240,19 +240,27 @@ class VideoSegmentationResult(Result):
     # -- drawing ------------------------------------------------------------------------------------------------------
 
     def plot(self) -> Image.Image:
-        """Six frames with their masks above the area over time."""
+        """Frames with their masks above the area over time."""
+        frames = self.plot_frames()
+        canvas = Image.new('RGB', (frames.width, frames.height + 300), drawing.PAPER)
+        canvas.paste(frames, (0, 0))
+        canvas.paste(self.plot_area(frames.width, 300), (0, frames.height))
+        return canvas
+
+    def plot_frames(self) -> Image.Image:
+        """Six frames with their masks, evenly spread."""
         places = np.unique(np.linspace(0, len(self.stills) - 1, 6).round().astype(int))
         chosen = [self.stills[place] for place in places]
         gap, wide = 8, 200
         high = max(1, round(wide * self.height / self.width))
-        width = 6 * (wide + gap) - gap
-        canvas = Image.new('RGB', (width, high + 34 + 300), drawing.PAPER)
+        canvas = Image.new('RGB', (6 * (wide + gap) - gap, high + 34), drawing.PAPER)
         draw = ImageDraw.Draw(canvas)
         for place, (number, pixels) in enumerate(chosen):
             left = place * (wide + gap)
-            canvas.paste(overlay(pixels, self.mask(number)).resize((wide, high), Image.Resampling.BILINEAR), (left, 0))
+            picture = overlay(pixels, self.mask(number))
+            method = Image.Resampling.NEAREST if picture.width < wide else Image.Resampling.LANCZOS
+            canvas.paste(picture.resize((wide, high), method), (left, 0))
             draw.text((left, high + 6), self._label(number), fill=drawing.MUTED, font=drawing.font(14))
-        canvas.paste(self.plot_area(width, 300), (0, high + 34))
         return canvas
 
     def _label(self, number: int) -> str:

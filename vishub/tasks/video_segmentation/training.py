@@ -235,7 +235,8 @@ class VideoSegmentationRecipe(Recipe):
         holder.pretrained_cfg = holder.default_cfg = cfg
         arguments = {
             key: value for key, value in self.model_args.items() if key not in ('pretrained', 'pretrained_backbone')}
-        save_folder(model, folder, metrics={}, card={}, model_args=arguments)
+        # float32: the doubled residuals make maps, and the variances of batch norm, too large for float16
+        save_folder(model, folder, metrics={}, card={}, dtype=torch.float32, model_args=arguments)
         device = str(next(model.parameters()).device)
         metrics: Dict[str, Any] = {
             'data': self.data.name,
@@ -251,6 +252,6 @@ class VideoSegmentationRecipe(Recipe):
             report = evaluate([f'local-dir:{folder}'], self.data, device=device)
             metrics.update({key: report[key] for key in ('split', 'num_test', 'metrics', 'report', 'peers')})
             card['pictures'] = draw_pictures(folder, self.data)
-        save_folder(model, folder, metrics=metrics, card=card, model_args=arguments)
+        save_folder(model, folder, metrics=metrics, card=card, dtype=torch.float32, model_args=arguments)
         logging.getLogger('vishub.training.main').info('stored %s: %s', folder, metrics.get('metrics'))
         return folder
