@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from vishub.hub.publish import publish
     from vishub.models.namespace import create_model, list_models
     from vishub.tasks import pipeline
+    from vishub.tasks.tracking.pipeline import create_tracker
 
 __version__ = "0.1.0"
 
 __all__ = [
     'InputError', 'MissingExtraError', 'UnknownNameError', 'WeightsNotFoundError',
-    'create_model', 'list_models', 'pipeline', 'pruning', 'publish', 'tokens',
+    'create_model', 'create_tracker', 'list_models', 'pipeline', 'pruning', 'publish', 'tokens',
 ]
 
 _namespace.install()
@@ -38,6 +39,7 @@ _PUBLIC = {
     'UnknownNameError': 'vishub.catalog',
     'WeightsNotFoundError': 'vishub.errors',
     'create_model': 'vishub.models.namespace',
+    'create_tracker': 'vishub.tasks.tracking.pipeline',
     'list_models': 'vishub.models.namespace',
     'pipeline': 'vishub.tasks',
     'publish': 'vishub.hub.publish',

@@ -25,6 +25,9 @@ _HUB_DATASETS = {'CIFAR-10 (JPEG)': 'uoft-cs/cifar10', 'Fashion-MNIST': 'zalando
 _METRIC_TITLES = {
     'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)', 'ece': 'Calibration error (0 to 1)',
     'agreement': 'Class agreement (%)', 'frechet': "Fréchet distance in the judge's features",
+    'auc': 'Success AUC (0 to 1)', 'precision': 'Precision (0 to 1)', 'success_rate': 'Success at 0.5 (0 to 1)',
+    'normalised_precision': 'Normalised precision at 0.2 (0 to 1)', 'normalised_auc': 'Normalised precision, mean',
+    'late_iou': 'Mean overlap, second half', 'fps': 'Frames a second', 'ao': 'GOT-10k AO (0 to 1)',
     'fid': 'FID', 'mse': 'MSE', 'mae': 'MAE', 'rmse': 'RMSE', 'ssim': 'SSIM', 'psnr': 'PSNR (dB)',
     'dice': 'Dice (0 to 1)', 'hd95': '95 % Hausdorff distance (mm)', 'nsd': 'Normalised surface Dice at 1 mm (0 to 1)',
 }

@@ -1,5 +1,4 @@
 """Trackers by name, their peers, and the one-pass evaluation of them all on the same sequences."""
-import json
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -9,9 +8,10 @@ from torch import nn
 
 from vishub.errors import InputError
 from vishub.files import atomic_path
-from vishub.hub import annotate
-from vishub.hub.find import WEIGHTS_FILE, verify, weights_folder
-from vishub.tasks.base import Progress
+from vishub.hub.find import weights_folder
+from vishub.tasks.base import Progress, choose_device
+from vishub.tasks.classification.training import describe_hardware
+from vishub.tasks.evaluation import into_card, write_report
 from vishub.tasks.tracking import ope
 from vishub.tasks.tracking.data import TrackingData, load_data
 from vishub.tasks.tracking.peers import peers
@@ -121,8 +121,9 @@ def evaluate(
 
     Returns:
         JSON values: `model`, `num_params`, `data`, `split`, `num_test` (sequences), `metrics` (see `measure`; from 0
-        to 1, but for fps), `report` with `protocol`, `radius` (pixels of `precision`), `frames` and the curves
-        `success` and `precision`, and `peers`, a list of {`name`, `num_params`, `metrics`, `success`, `precision`}.
+        to 1, but for fps), `report` with `protocol`, `radius` (pixels of `precision`), `frames`, `hardware` and the
+        curves `success` and `precision`, and `peers`, a list of {`name`, `num_params`, `metrics`, `success`,
+        `precision`}.
 
     Raises:
         InputError: If the data have nothing to measure on, or two models are the same.
@@ -172,6 +173,7 @@ def evaluate(
         'metrics': first['metrics'],
         'report': {
             'protocol': data.protocol, 'radius': data.radius, 'frames': sum(map(len, videos)),
+            'hardware': describe_hardware(choose_device(device)),
             'warnings': list(data.warnings), **{key: first[key] for key in ('success', 'precision', 'aucs')}},
         'peers': [{key: value for key, value in row.items() if key != 'aucs'} for row in others],
     }
@@ -214,9 +216,7 @@ def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List
     Returns:
         The files.
     """
-    files = [Path(folder) / 'evaluation.json', Path(folder) / _CURVES]
-    with atomic_path(files[0]) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    files = [write_report(report, folder), Path(folder) / _CURVES]
     plot_curves(report, files[1])
     return files
 
@@ -228,16 +228,9 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> None:
         InputError: If the figures are not of the data that the weights were trained on.
         WeightsNotFoundError: If the weights are not those that metrics.json speaks of.
     """
-    file = Path(folder) / 'metrics.json'
-    recorded = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-    if 'sha256' not in recorded:
-        raise InputError(f"'{folder}' has no metrics.json with the checksum of its weights: save it with save_folder")
-    verify(Path(folder) / WEIGHTS_FILE, recorded['sha256'])
-    if recorded.get('data', report['data']) != report['data']:
-        raise InputError(f"'{folder}' was trained on {recorded['data']}; figures on {report['data']} belong elsewhere")
+    into_card(folder, report)
     if (Path(folder) / _CURVES).is_file():
         plot_curves(report, Path(folder) / _CURVES)
-    annotate(folder, **{key: report[key] for key in ('data', 'split', 'num_test', 'metrics', 'report', 'peers')})
 
 
 def draw_pictures(folder: Path, data: TrackingData, report: Mapping[str, Any]) -> List[Tuple[str, str]]:

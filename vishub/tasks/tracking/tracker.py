@@ -168,5 +168,5 @@ class Tracker:
 
     def _prepare(self, pixels: np.ndarray) -> torch.Tensor:
         """uint8 (h, w, 3) -> normalised (1, 3, h, w) on the device."""
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1)[None]
+        x = torch.tensor(pixels, device=self.device).permute(2, 0, 1)[None]
         return (x.float() / 255 - self._mean) / self._std
