@@ -132,9 +132,9 @@ class ReplayBuffer:
         self.logits = torch.cat([torch.cat([earlier, grown], dim=1), logits.detach().float().cpu()[None]])
         self._append(patch.half(), region.half(), label, task, slide=number)
         while len(self) > self.capacity:
-            labels = self.label[self.slide != number] if (self.slide != number).any() else self.label
-            fullest = int(torch.bincount(labels).argmax())
-            candidates = self.slide[(self.label == fullest) & (self.slide != number)].unique()
+            newest = len(self.logits) - 1
+            fullest = int(torch.bincount(self.label[self.slide != newest]).argmax())
+            candidates = self.slide[(self.label == fullest) & (self.slide != newest)].unique()
             self._drop(int(candidates[int(torch.randint(len(candidates), (1,), generator=rng))]))
         self._rows.clear()
 
