@@ -126,7 +126,7 @@ class TrackingRecipe(Recipe):
         if num_templates < 1:
             raise InputError(f'num_templates is {num_templates}: give 1 or more')
         self.model_name, self.model_args, self.command = model, dict(model_args or {}), command
-        self.stage, self.start, self.num_templates = stage, None if start is None else Path(start), num_templates
+        self.stage, self.initial, self.num_templates = stage, None if start is None else Path(start), num_templates
         self.metric = 'iou' if stage == 1 else 'accuracy'
         self.data = data if isinstance(data, TrackingData) else load_data(data, num_samples=num_samples, seed=seed)
         if self.data.train is None or not len(self.data.train):
@@ -146,12 +146,12 @@ class TrackingRecipe(Recipe):
             raise catalog.unknown('model', self.model_name, timm.list_models())
         if not name.startswith('bactrack'):
             raise InputError(f"'{self.model_name}' tracks nothing: give a model of the task tracking")
-        if self.start is not None:
-            if not (self.start / 'config.json').is_file():
-                raise InputError(f"'{self.start}' holds no config.json: give the folder of the weights to start from")
-            model = timm.create_model(f'local-dir:{self.start}', pretrained=True, **self.model_args)
+        if self.initial is not None:
+            if not (self.initial / 'config.json').is_file():
+                raise InputError(f"'{self.initial}' holds no config.json: give the folder of the weights to start from")
+            model = timm.create_model(f'local-dir:{self.initial}', pretrained=True, **self.model_args)
             if not pretrained_cfg_of(model).get('architecture', name) == name:
-                raise InputError(f"'{self.start}' holds a {pretrained_cfg_of(model)['architecture']}, not a {name}")
+                raise InputError(f"'{self.initial}' holds a {pretrained_cfg_of(model)['architecture']}, not a {name}")
             return model
         try:
             return timm.create_model(self.model_name, **self.model_args)
@@ -255,9 +255,9 @@ class TrackingRecipe(Recipe):
             'samples': len(self.train_set()), 'hardware': describe_hardware(next(model.parameters()).device),
             'recipe': {**self.describe(), **config.fingerprint()}, 'validation': result.metrics,
         }
-        if self.start is not None:
+        if self.initial is not None:
             training['started_from'] = {
-                'name': self.start.resolve().name, **recorded(self.start).get('training', {})}
+                'name': self.initial.resolve().name, **recorded(self.initial).get('training', {})}
         save_folder(model, folder, metrics={'training': training}, card={}, model_args=self.model_args)
         if self.stage == 2 and self.data.test is not None:
             from vishub.tasks.tracking.metrics import draw_pictures, evaluate
