@@ -13,7 +13,7 @@ import gradio as gr
 
 import vishub
 
-from . import classify, deblur, generate, models, predict, tokens, ultrasound
+from . import classify, deblur, generate, models, predict, tokens, ultrasound, volume
 from .theme import CSS, theme
 from .upload import MAX_FILE_SIZE
 
@@ -34,6 +34,7 @@ TABS: Tuple[Tab, ...] = (
     Tab('Deblur', 'deblur', deblur.build),
     Tab('Predict', 'predict', predict.build),
     Tab('Ultrasound', 'ultrasound', ultrasound.build),
+    Tab('Volume', 'volume', volume.build),
     Tab('Generate', 'generate', generate.build),
     Tab('Tokens', 'tokens', tokens.build),
     Tab('Models', 'models', models.build),

@@ -95,6 +95,20 @@ body { background: var(--body-background-fill) !important; }
 .vh-legend .vh-merged { background: #a07850; border: 2px solid white; outline: 1px solid #7f8794; }
 .vh-legend .vh-gone { background: repeating-linear-gradient(135deg, #70808f 0 1px, #1c1c22 1px 5px); }
 
+.vh-planes { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 190px), 1fr)); gap: 12px; }
+.vh-plane figure { margin: 0; }
+.vh-plane figure[hidden] { display: none; }
+.vh-plane figure div { position: relative; background: black; border-radius: var(--radius-md); overflow: hidden;
+    aspect-ratio: 1; display: grid; place-items: center; }
+.vh-plane img { grid-area: 1 / 1; display: block; width: 100%; height: 100%; object-fit: contain; }
+.vh-plane .vh-mask { opacity: var(--vh-mask, 0.5); image-rendering: pixelated; }
+.vh-plane figcaption { text-align: center; font-size: var(--text-sm); font-variant-numeric: tabular-nums; }
+.vh-volume input[type=range] { width: 100%; height: 28px; margin: 0; accent-color: var(--color-accent);
+    cursor: pointer; }
+.vh-volume label { display: flex; gap: 10px; align-items: center; max-width: 280px; margin-top: 4px; }
+.vh-volumes i { display: inline-block; width: 14px; height: 14px; border-radius: 3px; margin-right: 8px;
+    vertical-align: -2px; }
+
 .vh-empty { border: 1px dashed var(--border-color-primary); border-radius: var(--radius-md); padding: 32px 24px;
     text-align: center; }
 

@@ -65,7 +65,10 @@ MAKE_INPUT = {
     'tracking': make_crops,
     'video_prediction': make_clips,
     'video_segmentation': make_clips,
+    'volume_segmentation': make_images,  # with three axes
 }
+# what a family needs so that training reaches all of it
+TRAINING_ARGS = {'mambaclinix': {'deep_supervision': True}}
 
 ARCHITECTURES = [row.name for row in catalog.architectures()]
 CLASSIFIERS = [row.name for row in catalog.architectures('classification')]
@@ -336,7 +339,7 @@ def test_gradients_with_and_without_checkpointing(family):
     x = make_input(smallest(family))
     losses, gradients = [], []
     for enable in (False, True):
-        model = built(family).train()
+        model = built(family, **TRAINING_ARGS.get(family, {})).train()
         model.set_grad_checkpointing(enable)
         torch.manual_seed(0)
         loss = some_loss(run_all(model, x))
@@ -351,7 +354,7 @@ def test_gradients_with_and_without_checkpointing(family):
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_bfloat16(family):
-    model = built(family).train()
+    model = built(family, **TRAINING_ARGS.get(family, {})).train()
     x = make_input(smallest(family))
     with torch.autocast('cpu', torch.bfloat16):
         outputs = run_all(model, x)
@@ -370,8 +373,10 @@ def test_bfloat16(family):
 def test_drop_rates_act_in_training_only(family):
     task = catalog.family(family).task
     # denoisers drop nothing but labels, deblurring and segmentation of clips nothing
-    rates = {'generation': ('class_drop_rate',), 'deblurring': (), 'video_segmentation': ()}.get(
-        task, ('drop_rate', 'drop_path_rate'))
+    rates = {
+        'generation': ('class_drop_rate',), 'deblurring': (), 'video_segmentation': (),
+        'volume_segmentation': ('drop_path_rate',),
+    }.get(task, ('drop_rate', 'drop_path_rate'))
     x = make_input(smallest(family), batch_size=8 if task == 'generation' else 2)
     plain = built(family).eval()
     for rate in rates:

@@ -19,7 +19,7 @@ from vishub.tasks.volume_segmentation.volumes import MAX_VOXELS, Grid, Volume, o
 __all__ = ['is_dicom', 'read_series']
 
 _MAX_FILES, _MAX_BYTES = 20_000, 8 << 30  # of a zip, unpacked
-# What decodes a compressed transfer syntax, by the end of its UID; RLE needs nothing.
+# What decodes a compressed transfer syntax, by how its UID begins; RLE needs nothing.
 _DECODERS = {
     '1.2.840.10008.1.2.4.9': 'pylibjpeg pylibjpeg-openjpeg',  # JPEG 2000
     '1.2.840.10008.1.2.4.8': 'pylibjpeg pylibjpeg-libjpeg',  # JPEG-LS
@@ -253,9 +253,9 @@ def _pixels(path: Path, files: _Files, name: str) -> np.ndarray:
         image = pydicom.dcmread(file)
     syntax = getattr(image.file_meta, 'TransferSyntaxUID', None)
     if syntax is not None and syntax.is_compressed and not _decodable(syntax):
-        wanted = next((value for key, value in _DECODERS.items() if str(syntax).startswith(key)), 'python-gdcm')
-        raise InputError(
-            f"'{path}' is compressed as {syntax.name}, which nothing here can decode: pip install {wanted}")
+        packages = next((value for key, value in _DECODERS.items() if str(syntax).startswith(key)), None)
+        right = f'pip install {packages}' if packages else 'export the series without compression'
+        raise InputError(f"'{path}' is compressed as {syntax.name}, which nothing here can decode: {right}")
     if 'PixelData' not in image:
         raise InputError(f"'{path}' has an image without voxels")
     try:

@@ -77,11 +77,12 @@ def surface_figures(
     for axis in range(3):  # what is far from either costs time and changes nothing
         places = np.flatnonzero(both.any(tuple(a for a in range(3) if a != axis)))
         box.append(slice(max(int(places[0]) - 1, 0), int(places[-1]) + 2))
+    millimetres = [float(length) for length in spacing]
     a, b = (torch.from_numpy(mask[tuple(box)])[None, None].float() for mask in (found, truth))
     distance = metrics.compute_hausdorff_distance(
-        a, b, include_background=True, percentile=95, spacing=list(spacing))
+        a, b, include_background=True, percentile=95, spacing=millimetres)
     surface = metrics.compute_surface_dice(
-        a, b, class_thresholds=[NSD_TOLERANCE_MM], include_background=True, spacing=list(spacing))
+        a, b, class_thresholds=[NSD_TOLERANCE_MM], include_background=True, spacing=millimetres)
     return float(distance), float(surface)
 
 
@@ -105,7 +106,7 @@ def measure_case(
 def best_thresholds(cases: CaseSet, num_classes: int, limit: int = 4) -> Tuple[float, ...]:
     """Thresholds of the first channel's normalised values that part the classes best by Dice, brighter ones higher.
 
-    What a network has to beat. All rising tuples of 24 quantiles are tried on the first `limit` cases.
+    What a network has to beat. All rising tuples of 40 values, evenly spread, are tried on the first `limit` cases.
 
     Raises:
         InputError: If there are more than three classes: there would be too many tuples.
@@ -114,15 +115,16 @@ def best_thresholds(cases: CaseSet, num_classes: int, limit: int = 4) -> Tuple[f
         raise InputError(f'{num_classes} classes are too many to try all thresholds: at most 3')
     chosen = [cases[index] for index in range(min(limit, len(cases)))]
     values = np.concatenate([case.image[0].ravel()[::7] for case in chosen])
-    grid = np.quantile(values, np.linspace(0.02, 0.999, 24))
-    # voxels of each case by class and by how many quantiles they are above: all that Dice needs
+    low, high = np.quantile(values, (0.01, 0.9995))
+    grid = np.linspace(low, high, 40)
+    # voxels of each case by class and by how many values they are above: all that Dice needs
     counts = np.stack([
         np.bincount(
-            case.label.ravel() * 25 + np.digitize(case.image[0].ravel(), grid), minlength=25 * num_classes,
-        ).reshape(num_classes, 25) for case in chosen])  # cases, classes, bins
+            case.label.ravel() * 41 + np.digitize(case.image[0].ravel(), grid), minlength=41 * num_classes,
+        ).reshape(num_classes, 41) for case in chosen])  # cases, classes, bins
     best: Tuple[float, Tuple[int, ...]] = (-1., tuple(range(num_classes - 1)))
-    for places in itertools.combinations(range(24), num_classes - 1):
-        edges = [0, *(place + 1 for place in places), 25]
+    for places in itertools.combinations(range(40), num_classes - 1):
+        edges = [0, *(place + 1 for place in places), 41]
         scores = []
         for kind in range(1, num_classes):
             inside = counts[:, :, edges[kind]:edges[kind + 1]].sum(2)  # cases, true classes

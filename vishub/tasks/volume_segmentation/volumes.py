@@ -260,7 +260,7 @@ def _check(volume: Volume, constant: bool) -> None:
 
 _GEOMETRY = (
     'qform_code', 'sform_code', 'quatern_b', 'quatern_c', 'quatern_d', 'qoffset_x', 'qoffset_y', 'qoffset_z',
-    'srow_x', 'srow_y', 'srow_z', 'xyzt_units')
+    'srow_x', 'srow_y', 'srow_z', 'xyzt_units', 'sizeof_hdr')
 
 
 def _read_nifti(path: Path, channel: Optional[int], channels: Optional[int]) -> Volume:
@@ -335,13 +335,14 @@ def write_nifti(path: Union[str, os.PathLike], data: np.ndarray, grid: Grid) -> 
         raise InputError(f"cannot write a mask as '{path}': give a name that ends in .nii or .nii.gz")
     parts = [grid.to_file(part) for part in (data if data.ndim == 4 else data[None])]
     values = np.stack(parts, -1) if data.ndim == 4 else np.ascontiguousarray(parts[0])
-    kind = nibabel.Nifti2Image if max(grid.shape) > 32767 else nibabel.Nifti1Image
+    second = int(grid.header.get('sizeof_hdr', 0)) == 540 or max(grid.shape) > 32767  # what NIfTI-1 cannot count
+    kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
     image = kind(values, grid.affine)
     image.header.set_xyzt_units('mm')
     for name, value in grid.header.items():
         if name == 'pixdim':
             image.header['pixdim'][:4] = value
-        else:
+        elif name != 'sizeof_hdr':
             image.header[name] = value
     # an image made without an affine takes that of its header, bit by bit as the scan's
     image = kind(values, None if grid.header else grid.affine, image.header)
