@@ -37,7 +37,7 @@ def surfaces(mask: np.ndarray, affine: np.ndarray, names: Sequence[str], colours
         affine: (d, h, w, 1) -> millimetres.
         names, colours: Of the classes 1, 2, ….
     """
-    measure = import_extra('skimage.measure', 'train')
+    measure = import_extra('skimage.measure', 'medical')
     found = []
     for kind, (name, colour) in enumerate(zip(names, colours), 1):
         inside = mask == kind

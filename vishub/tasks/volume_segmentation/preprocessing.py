@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vishub.errors import InputError
+from vishub.errors import InputError, import_extra
 
 __all__ = ['SCHEMES', 'Preprocessing', 'foreground_statistics', 'planes_to_grid', 'resample', 'resample_labels']
 
@@ -110,7 +110,7 @@ def resample(data: np.ndarray, size: Sequence[int], spacing: Sequence[float]) ->
         size: Voxels D, H, W wanted.
         spacing: Of `data`, along D, H, W.
     """
-    from scipy.ndimage import zoom
+    ndimage = import_extra('scipy.ndimage', 'medical')
     for axis, wanted in enumerate(size):
         own = data.shape[axis + 1]
         if own == wanted:
@@ -120,7 +120,8 @@ def resample(data: np.ndarray, size: Sequence[int], spacing: Sequence[float]) ->
             data = data.take(nearest, axis=axis + 1)
         else:
             # splines are separable: along one axis a matrix, which is what the splines make of unit vectors
-            matrix = zoom(np.eye(own), (wanted / own, 1), order=min(3, own - 1), mode='grid-mirror', grid_mode=True)
+            matrix = ndimage.zoom(
+                np.eye(own), (wanted / own, 1), order=min(3, own - 1), mode='grid-mirror', grid_mode=True)
             data = np.moveaxis(np.tensordot(data, matrix.astype(np.float32), axes=(axis + 1, 1)), -1, axis + 1)
     return np.ascontiguousarray(data, dtype=np.float32)
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from vishub.errors import import_extra
+
 __all__ = ['gaussian_window', 'sliding_planes', 'window_starts']
 
 Network = Callable[[torch.Tensor], torch.Tensor]
@@ -40,12 +42,12 @@ def gaussian_window(patch: Sequence[int]) -> torch.Tensor:
     A unit impulse in the middle (at index p // 2), filtered with sigma = p / 8 along each axis and cut at 4 sigma;
     what is left 0 gets the smallest weight that is not.
     """
-    from scipy.ndimage import gaussian_filter1d
+    ndimage = import_extra('scipy.ndimage', 'medical')
     weights = np.ones(1)
     for size in patch:
         impulse = np.zeros(size)
         impulse[size // 2] = 1
-        line = gaussian_filter1d(impulse, size / 8, mode='constant', truncate=4)
+        line = ndimage.gaussian_filter1d(impulse, size / 8, mode='constant', truncate=4)
         weights = np.multiply.outer(weights, line)
     weights = (weights[0] / weights.max()).astype(np.float32)
     weights[weights == 0] = weights[weights > 0].min()
