@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vishub.files import atomic_path
+from vishub.hub import annotate
 from vishub.tasks.volume_segmentation.metrics import evaluate
 from vishub.tasks.volume_segmentation.training import VolumeSegmentationRecipe
 from vishub.training import TrainConfig, TrainResult, parse_resolution, train
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument('--like', default='mambaclinix_tiny', choices=list(FEATURES))
     parser.add_argument('--data', default='procedural')
     parser.add_argument('--output', type=Path, required=True)
+    parser.add_argument('--card', type=Path, metavar='DIR', help='weights folder whose card gets the row of this peer')
     parser.add_argument('--resolution', default='32:10')
     parser.add_argument('--samples', type=int, default=200)
     parser.add_argument('--regions', default='4,4,4')
@@ -122,6 +124,15 @@ def main() -> None:
         options.output, parse_resolution(options.resolution), batch_size=2, lr=options.lr, warmup=0.05,
         weight_decay=0.01, clip_grad=12., amp=options.amp, device='cpu', seed=options.seed, progress=False,
         checkpoint_every=25, validate_every=options.validate_every))
+    if options.card is not None:
+        add_to_card(options.card, options.output / 'peer.json')
+
+
+def add_to_card(folder: Path, file: Path) -> None:
+    """Put what `finish` wrote among the peers of a weights folder."""
+    row = {key: value for key, value in json.loads(file.read_text(encoding='utf-8')).items() if key != 'report'}
+    told = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
+    annotate(folder, peers=[row, *(peer for peer in told.get('peers', []) if peer['name'] != row['name'])])
 
 
 if __name__ == '__main__':

@@ -25,7 +25,8 @@ def test_folder_is_a_complete_hub_repository(name):
     card = (folder / 'README.md').read_text(encoding='utf-8')
     metrics = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
     row = catalog.find(name)
-    assert f'{metrics["metrics"][row.metric]:.2f}' in card
+    value = metrics['metrics'][row.metric]
+    assert (f'{value:.2f}' if abs(value) >= 1 else f'{value:.4f}') in card
     assert metrics['data'] in card
     assert row.value == pytest.approx(metrics['metrics'][row.metric])
     for link in ('robustness.png', 'samples.png'):

@@ -93,14 +93,17 @@ class Shortcut(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, stride: Triple, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.pool = nn.AvgPool3d(stride, stride) if max(stride) > 1 else nn.Identity()
+        self.stride = stride
         self.conv = self.norm = nn.Identity()
         if in_dim != out_dim:
             self.conv = nn.Conv3d(in_dim, out_dim, 1, bias=False, **dd)
             self.norm = instance_norm(out_dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.conv(self.pool(x)))
+        if max(self.stride) > 1:
+            half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == 'cpu'  # which has no kernel for it
+            x = F.avg_pool3d(x.float() if half else x, self.stride, self.stride).to(x.dtype)
+        return self.norm(self.conv(x))
 
 
 class ResidualBlock(nn.Module):

@@ -58,8 +58,12 @@ class VolumeSegmentationResult(Result):
     @property
     def volumes_ml(self) -> Dict[str, float]:
         """Volume of each foreground class in millilitres: its voxels times a voxel's volume."""
-        counts = np.bincount(self.mask.ravel(), minlength=len(self.label_names))
-        return {name: float(count) * self.grid.voxel_ml for name, count in zip(self.label_names[1:], counts[1:])}
+        return {
+            name: float(count) * self.grid.voxel_ml for name, count in zip(self.label_names[1:], self._counts()[1:])}
+
+    def _counts(self) -> np.ndarray:
+        """Voxels of each class; plane by plane, for counting takes 8 bytes a voxel."""
+        return np.sum([np.bincount(plane.ravel(), minlength=len(self.label_names)) for plane in self.mask], axis=0)
 
     def mask_in_file_order(self) -> np.ndarray:
         """uint8 (i, j, k), along the axes of the scan's file: what `save('mask.nii.gz')` writes."""
@@ -67,7 +71,6 @@ class VolumeSegmentationResult(Result):
 
     def to_dict(self) -> Dict[str, Any]:
         """All but the voxels."""
-        counts = np.bincount(self.mask.ravel(), minlength=len(self.label_names))
         return {
             'source': self.source,
             'model': self.model,
@@ -76,7 +79,7 @@ class VolumeSegmentationResult(Result):
             'affine': self.grid.affine.tolist(),
             'classes': [
                 {'label': number, 'name': name, 'voxels': int(count), 'ml': round(float(count) * self.grid.voxel_ml, 4)}
-                for number, (name, count) in enumerate(zip(self.label_names, counts)) if number],
+                for number, (name, count) in enumerate(zip(self.label_names, self._counts())) if number],
             'latency_ms': round(self.latency_ms, 3),
             'num_params': self.num_params,
             'research_only': True,

@@ -294,7 +294,9 @@ def _read_nifti(path: Path, channel: Optional[int], channels: Optional[int]) -> 
                       for entry in chosen]
     except Exception as error:  # cut off, or its compression is damaged
         raise InputError(f"'{path}' is damaged: {one_line(error)}") from error
-    data = np.stack([grid.to_network(part) for part in values])
+    # one channel is a view: a second copy of a large scan would be its peak of memory
+    turned = [grid.to_network(part) for part in values]
+    data = turned[0][None] if len(turned) == 1 else np.stack(turned)
     unknown = grid.header and not (int(header['sform_code']) or int(header['qform_code']))
     return Volume(data, grid, source=str(path), warnings=(UNKNOWN_ORIENTATION,) if unknown else ())
 
