@@ -13,7 +13,7 @@ import gradio as gr
 
 import vishub
 
-from . import classify, deblur, generate, models, predict, tokens, ultrasound, volume
+from . import classify, deblur, generate, models, predict, tokens, track, ultrasound, volume
 from .theme import CSS, theme
 from .upload import MAX_FILE_SIZE
 
@@ -33,6 +33,7 @@ TABS: Tuple[Tab, ...] = (
     Tab('Classify', 'classify', classify.build),
     Tab('Deblur', 'deblur', deblur.build),
     Tab('Predict', 'predict', predict.build),
+    Tab('Track', 'track', track.build),
     Tab('Ultrasound', 'ultrasound', ultrasound.build),
     Tab('Volume', 'volume', volume.build),
     Tab('Generate', 'generate', generate.build),
