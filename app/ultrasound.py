@@ -98,21 +98,23 @@ def _shown(result: VideoSegmentationResult, files: List[Path], chosen: TrainedMo
         'Latency': f'{result.latency_ms:.0f} ms a frame',
         'Scale': 'none in the file' if result.spacing is None else f'{10 * result.spacing[0]:.3f} mm a row',
     }
-    sentences = [f'{name}: {". ".join(result.summary()[:-1])}. {NOTICE}', *result.warnings]
+    sentences = [f'{name}: {"; ".join(result.summary()[:-1])}. {NOTICE}', *result.warnings]
     if len(result) == MOST_FRAMES:
         sentences.append(f'Only the first {MOST_FRAMES} frames were looked at; the command line takes all.')
+    clip, area, frames = (
+        gr.Video(str(files[0]), visible=True), gr.Image(result.plot_area(), visible=True),
+        gr.Image(result.plot_frames(), visible=True))
     return _page(
-        notice(' '.join(sentences)), gr.Video(str(files[0]), visible=True), gr.Image(result.plot_area(), visible=True),
-        gr.Image(result.plot_frames(), visible=True), facts_html(facts), gr.File(list(map(str, files)), visible=True))
+        notice(' '.join(sentences)), clip, area, frames, facts_html(facts), gr.File([*map(str, files)], visible=True))
 
 
 def _about(model: TrainedModel) -> str:
     text = f'{html.escape(model.summary)}. ' if model.summary else ''
     if 'phantoms' in model.tag:
-        text += 'It has seen nothing but computer-made phantoms; on a patient\'s clip it marks dark patches, whatever ' \
-                'they are. '
-    return f'<div class="vh-note">{text}<b>{NOTICE}</b> Clips stay on the machine that serves this page; text that is ' \
-           'burned into the frames, such as a name, stays in them.</div>'
+        text += 'It has seen nothing but computer-made phantoms; on a patient\'s clip it marks dark patches, ' \
+                'whatever they are. '
+    return f'<div class="vh-note">{text}<b>{NOTICE}</b> Clips stay on the machine that serves this page; text that ' \
+           'is burned into the frames, such as a name, stays in them.</div>'
 
 
 def build(tab: gr.Tab) -> None:

@@ -382,3 +382,13 @@ def test_the_verb_says_what_it_wrote(small, tmp_path, capsys):
     assert caught.value.code == 0
     assert out.splitlines() == [
         f'favit_small64, 7 classes (entry model_ema): {tmp_path / "out"}', 'licence of the weights: unknown']
+
+
+def test_astr_keeps_its_backbone_and_tells_the_number_of_frames():
+    with torch.device('meta'):
+        own = timm.create_model('astr_tiny', clip_size=4, num_classes=2).state_dict()
+    row, arguments = best_fit('astr', own)
+    assert (row.name, arguments) == ('astr_tiny', {'num_classes': 2, 'clip_size': 4})
+    names = official.load_case('astr', 'astr_pvt_v2_b2_64_empty_context').state_dict
+    tensors, _ = convert_module.state_dict_of({f'module.{key}': torch.zeros(1) for key in names})
+    assert set(tensors) == set(names) and convert_module._astr_arguments('', {}, tensors) == {'clip_size': 2}

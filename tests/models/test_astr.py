@@ -77,11 +77,9 @@ def test_parameters(name):
         assert sum(p.numel() for p in model.parameters()) == count
 
 
-@pytest.mark.parametrize('name, macs', [('astr_res2net50', 85.95), ('astr_pvt_v2_b2', 70.02)])
-def test_macs(name, macs):
-    # with all tokens kept, where the official count had those of one clip; and attention's products are not in fvcore's
-    # count of fused kernels: 2 % and less
-    assert count_macs(name) / 1e9 == pytest.approx(macs, rel=0.04)
+def test_macs():
+    # with all tokens kept, where the official count had those of one clip
+    assert count_macs('astr_pvt_v2_b2') / 1e9 == pytest.approx(70.02, rel=0.04)
 
 
 # Streaming

@@ -176,8 +176,10 @@ def state_dict_of(content: Mapping[str, Any], name: str = 'the checkpoint') -> T
             raise InputError(f"'{name}': {key} is not an ordinary tensor (sparse, quantised or without values)")
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), ''):
         tensors = {key[len(prefix):]: value for key, value in tensors.items()}
-    backbone = {key[9:]: value for key, value in tensors.items() if key.startswith('backbone.')}
-    return backbone or tensors, '.'.join(path)
+    if not any(re.search(_LAYOUTS['astr'].mark, key) for key in tensors):  # of which the backbone is a part
+        backbone = {key[9:]: value for key, value in tensors.items() if key.startswith('backbone.')}
+        tensors = backbone or tensors
+    return tensors, '.'.join(path)
 
 
 def _candidates(name: str) -> Sequence[catalog.Architecture]:
@@ -369,6 +371,11 @@ def _predformer_arguments(architecture: str, content: Mapping[str, Any], tensors
     return {'legacy_token_order': True} if official and '_fac_st_' in architecture else {}
 
 
+def _astr_arguments(architecture: str, content: Mapping[str, Any], tensors: Tensors) -> Dict[str, Any]:
+    lags = {match[2] for key in tensors if (match := re.match(r'(pool|context\.lags)\.(\d+)\.', key))}
+    return {} if len(lags) == 2 else {'clip_size': len(lags) + 1}
+
+
 def _no_arguments(architecture: str, content: Mapping[str, Any], tensors: Tensors) -> Dict[str, Any]:
     return {}
 
@@ -405,6 +412,8 @@ _LAYOUTS = {
     'dit': _Layout('cc-by-nc-4.0', r'^blocks\.0\.(adaLN_modulation|adaln)\.', (), _dit_arguments),
     'predformer': _Layout('unknown', r'^(to_patch_embedding\.1|layers\.0\.units)\.', (), _predformer_arguments),
     'deeprftv2': _Layout('unknown', r'^(global_model|columns\.0)\.', (), _no_arguments),
+    'astr': _Layout(
+        'unknown', r'^fusion\.(linear|level)2\.', ('segmentation_head.0.weight', 'head.weight'), _astr_arguments),
     'conslide': _Layout(
         'unknown', r'^blocks\.0\.(inner|patch)_attn\.qk\.', ('head.weight',), _conslide_arguments),
 }

@@ -87,7 +87,7 @@ class VideoSegmentationPipeline(Pipeline):
             start: First frame to segment, from 0.
             count: How many frames at most; all by default.
             stride: Take every so manieth frame; the context is then taken with the same stride.
-            chunk: Frames that go through the backbone at once: 1 on the CPU, 8 elsewhere by default.
+            chunk: Frames that go through the backbone at once: 4 on the CPU, 16 elsewhere by default.
             progress: Called with (frames done, frames in all) of a clip; the latter 0 where the clip does not tell.
 
         Raises:
@@ -98,7 +98,7 @@ class VideoSegmentationPipeline(Pipeline):
             raise InputError(
                 f'start is {start}, count {count}, stride {stride}, chunk {chunk}: give start 0 or more, the others 1 '
                 'or more')
-        chunk = chunk or (1 if self.device.type == 'cpu' else 8)
+        chunk = chunk or (4 if self.device.type == 'cpu' else 16)
         if not isinstance(video, (list, tuple)) or is_frames(video):
             return self._segment(video, start, count, stride, chunk, progress)
         results = []

@@ -242,37 +242,38 @@ class VideoSegmentationResult(Result):
     def plot(self) -> Image.Image:
         """Frames with their masks above the area over time."""
         frames = self.plot_frames()
-        canvas = Image.new('RGB', (frames.width, frames.height + 300), drawing.PAPER)
+        canvas = Image.new('RGB', (frames.width, frames.height + 320), drawing.PAPER)
         canvas.paste(frames, (0, 0))
-        canvas.paste(self.plot_area(frames.width, 300), (0, frames.height))
+        canvas.paste(self.plot_area(frames.width), (0, frames.height))
         return canvas
 
     def plot_frames(self) -> Image.Image:
-        """Six frames with their masks, evenly spread."""
+        """Six frames with their masks, evenly spread, in two rows."""
         places = np.unique(np.linspace(0, len(self.stills) - 1, 6).round().astype(int))
-        chosen = [self.stills[place] for place in places]
-        gap, wide = 8, 200
+        gap, wide = 8, 240
         high = max(1, round(wide * self.height / self.width))
-        canvas = Image.new('RGB', (6 * (wide + gap) - gap, high + 34), drawing.PAPER)
+        rows = -(-len(places) // 3)
+        canvas = Image.new('RGB', (3 * (wide + gap) - gap, rows * (high + 34)), drawing.PAPER)
         draw = ImageDraw.Draw(canvas)
-        for place, (number, pixels) in enumerate(chosen):
-            left = place * (wide + gap)
+        for order, place in enumerate(places):
+            number, pixels = self.stills[place]
+            left, top = order % 3 * (wide + gap), order // 3 * (high + 34)
             picture = overlay(pixels, self.mask(number))
             method = Image.Resampling.NEAREST if picture.width < wide else Image.Resampling.LANCZOS
-            canvas.paste(picture.resize((wide, high), method), (left, 0))
-            draw.text((left, high + 6), self._label(number), fill=drawing.MUTED, font=drawing.font(14))
+            canvas.paste(picture.resize((wide, high), method), (left, top))
+            draw.text((left, top + high + 5), self._label(number), fill=drawing.MUTED, font=drawing.font(16))
         return canvas
 
     def _label(self, number: int) -> str:
         text = f'frame {self.first + number * self.stride}'
         return text if self.times is None else f'{text}, {self.times[number]:.2f} s'
 
-    def plot_area(self, width: int = 720, height: int = 300) -> Image.Image:
+    def plot_area(self, width: int = 736, height: int = 320) -> Image.Image:
         """The chart of the area over time alone, in pixels."""
         canvas = Image.new('RGB', (width, height), drawing.PAPER)
         draw = ImageDraw.Draw(canvas)
         small = drawing.font(14)
-        left, top, right, bottom = 86, 44, width - 24, height - 52
+        left, top, right, bottom = 86, 44, width - 24, height - 76
         draw.text((16, 10), f'Area of the lesion, {self.area_unit}', fill=drawing.INK, font=drawing.font(16))
         areas = self.areas
         at = np.arange(len(self)) * self.stride + self.first if self.times is None else self.times
@@ -290,8 +291,8 @@ class VideoSegmentationResult(Result):
                 x -= small.getlength(text) * share
                 draw.text((x, bottom + 8), text, fill=drawing.MUTED, font=small)
         name = 'frame' if self.times is None else 'seconds'
-        draw.text(((left + right - small.getlength(name)) / 2, bottom + 26), name, fill=drawing.MUTED, font=small)
-        draw.text((right - small.getlength(NOTICE), 12), NOTICE, fill=drawing.MUTED, font=small)
+        draw.text((right - small.getlength(name), bottom + 26), name, fill=drawing.MUTED, font=small)
+        draw.text((16, height - 24), NOTICE, fill=drawing.MUTED, font=small)
         points = [
             (left + (right - left) * float(where - at[0]) / span, bottom - (bottom - top) * float(area) / peak)
             for where, area in zip(at, areas)]
