@@ -31,8 +31,8 @@ RESEARCH_ONLY = 'For research only: this is no medical device, and nothing it sh
 EXAMPLE = FOLDER / 'volumes' / 'organ-and-tubes.nii.gz'
 _NOTHING_YET = 'Choose a scan (NIfTI, NRRD, or a zip of one DICOM series), or take the example.'
 _RUNNING = RunningWork()
-_MOST_PLANES = 48  # of each direction, evenly spread: more would make the page heavy
-_SIDE = 320
+_MOST_PLANES = 40  # of each direction, evenly spread: more would make the page heavy
+_SIDE = 256
 
 # planes, volumes, mesh, facts, files, status, Stop button
 Outputs = Tuple[str, str, Any, str, Any, str, Any]
@@ -125,7 +125,8 @@ def planes_html(result: VolumeSegmentationResult) -> str:
         first = shown.index(busiest(result.mask, axis))
         figures = ''.join(
             f'<figure{"" if place == first else " hidden"}><div>'
-            f'<img src="{_address(result.plane(axis, index, 0., _SIDE), "JPEG")}" alt="{name} plane {index + 1}">'
+            f'<img src="{_address(result.plane(axis, index, 0., _SIDE).convert("L"), "JPEG")}" '
+            f'alt="{name} plane {index + 1}">'
             f'<img class="vh-mask" src="{_address(_mask_picture(result, axis, index), "PNG")}" alt="">'
             f'</div><figcaption>{name}, {index + 1} of {count}</figcaption></figure>'
             for place, index in enumerate(shown))
@@ -151,7 +152,7 @@ def _mask_picture(result: VolumeSegmentationResult, axis: int, index: int) -> Im
 
 def _address(picture: Image.Image, kind: str) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **({'quality': 80} if kind == 'JPEG' else {'optimize': False}))
+    picture.save(buffer, kind, **({'quality': 70} if kind == 'JPEG' else {'optimize': False}))
     return f'data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode("ascii")}'
 
 

@@ -155,8 +155,9 @@ def test_command_line_trains_resumes_evaluates_and_predicts(tmp_path, monkeypatc
     assert report['num_test'] == 1 and (tmp_path / 'eval' / 'evaluation.json').stat().st_size
     image, _ = procedural_volume(24, (2, 0))
     nibabel.save(nibabel.Nifti1Image(image, oblique_affine()), tmp_path / 'scan.nii.gz')
-    results = json.loads(call('predict', folder, tmp_path / 'scan.nii.gz', '--option', 'mirror=True', '--json',
-                              '--output', tmp_path / 'out'))
+    results = json.loads(call(
+        'predict', f'local-dir:{folder}', tmp_path / 'scan.nii.gz', '--option', 'mirror=True', '--json',
+        '--output', tmp_path / 'out'))
     assert results[0]['shape'] == [24, 24, 24]
     assert sorted(''.join(path.suffixes[-2:]) for path in (tmp_path / 'out').iterdir()) == [
         '.nii.gz', '.prediction.glb', '.prediction.json', '.prediction.png']
