@@ -331,6 +331,24 @@ _ARCHITECTURES = (
 # name, data, metric, value, sha256, size, licence
 _WEIGHTS: Tuple[Weight, ...] = (
     Weight(
+        name='astr_tiny.phantoms',
+        data='procedural phantoms',
+        metric='dice',
+        value=0.89249,
+        sha256='46cb5812df3f9cc58cf4970954008233fad2ca77c353506d5dc99a18b67bed21',
+        size=3206092,
+        licence='apache-2.0',
+    ),
+    Weight(
+        name='deeprftv2_tiny.bsds500',
+        data='BSDS500 with synthetic camera shake',
+        metric='psnr',
+        value=22.5118,
+        sha256='d0d0d60bb127eee233c044872b4a33f4f444e4e179b36061976f01e2553dbfb3',
+        size=2901936,
+        licence='other',
+    ),
+    Weight(
         name='dit_small28.fashion_mnist',
         data='Fashion-MNIST',
         metric='agreement',

@@ -29,6 +29,7 @@ _METRIC_TITLES = {
     'normalised_precision': 'Normalised precision at 0.2 (0 to 1)', 'normalised_auc': 'Normalised precision, mean',
     'late_iou': 'Mean overlap, second half', 'fps': 'Frames a second', 'ao': 'GOT-10k AO (0 to 1)',
     'fid': 'FID', 'mse': 'MSE', 'mae': 'MAE', 'rmse': 'RMSE', 'ssim': 'SSIM', 'psnr': 'PSNR (dB)',
+    'psnr_gain': 'PSNR gain over the blurred picture (dB)', 'lpips': 'LPIPS',
     'dice': 'Dice (0 to 1)', 'hd95': '95 % Hausdorff distance (mm)', 'nsd': 'Normalised surface Dice at 1 mm (0 to 1)',
 }
 

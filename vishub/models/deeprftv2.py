@@ -852,6 +852,8 @@ default_cfgs = generate_default_cfgs({
     'deeprftv2_s': _cfg(),
     'deeprftv2_b': _cfg(),
     'deeprftv2_tiny': _cfg(input_size=(3, 64, 64)),
+    'deeprftv2_tiny.bsds500': _cfg(
+        input_size=(3, 64, 64), hf_hub_id='vishub/deeprftv2_tiny.bsds500', license='other'),
 })
 
 
