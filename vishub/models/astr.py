@@ -412,11 +412,11 @@ class ASTR(nn.Module):
             self.head = nn.Conv2d(self.num_features, num_classes, 1, device=weight.device, dtype=weight.dtype)
             init_weights(self.head)
 
-    def example_inputs(self) -> Tuple[torch.Tensor]:
-        """One blank clip (1, T, 3, H, W) of the default size, on the model's device."""
+    def example_inputs(self, batch_size: int = 1) -> Tuple[torch.Tensor]:
+        """Blank clips (B, T, 3, H, W) of the default size, on the model's device."""
         cfg: Any = getattr(self, 'pretrained_cfg', {})
         size = cfg.get('input_size', (3, 352, 352))[1:]
-        return (self.context.merge.weight.new_zeros(1, self.clip_size, 3, *size),)
+        return (self.context.merge.weight.new_zeros(batch_size, self.clip_size, 3, *size),)
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
@@ -705,6 +705,8 @@ default_cfgs = generate_default_cfgs({
     'astr_res2net50': _cfg(first_conv='backbone.conv1.0'),
     'astr_pvt_v2_b2': _cfg(first_conv='backbone.patch_embed.proj'),
     'astr_tiny': _cfg(input_size=(3, 64, 64), first_conv='backbone.stem.0.0'),
+    'astr_tiny.phantoms': _cfg(
+        hf_hub_id='vishub/astr_tiny.phantoms', input_size=(3, 64, 64), first_conv='backbone.stem.0.0'),
 })
 
 
