@@ -24,7 +24,7 @@ __all__ = ['FEATURES', 'UNet3dRecipe', 'PlainUNet']
 
 # widths with which the peer has about as many multiply-accumulates as MambaClinix of that name
 FEATURES: Dict[str, Sequence[int]] = {
-    'mambaclinix_tiny': (24, 48, 88, 88),
+    'mambaclinix_tiny': (22, 44, 88, 88),
 }
 
 
