@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from vishub import InputError
 from vishub.tasks.base import Progress
+from vishub.tasks.clips import open_clip
 from vishub.tasks.tracking.collection import UPDATES
-from vishub.tasks.tracking.frames import open_frames
 from vishub.tasks.tracking.pipeline import TrackingResult
 
 from .examples import FOLDER
@@ -59,7 +59,7 @@ def first_frame(upload: Optional[dict]) -> Tuple[Any, Any, Any, str]:
     path = name = None
     try:
         path, name = uploaded(upload) or ('', '')
-        frame = next(iter(open_frames(path).read()), None)
+        frame = next(iter(open_clip(path).read()), None)
         if frame is None:
             raise InputError(f"'{name}' has no frames: choose a video")
     except Exception as error:

@@ -12,7 +12,7 @@ from PIL import Image
 from app import track as tab
 from app.main import launch
 from vishub.hub import save_folder
-from vishub.tasks.tracking.frames import open_frames
+from vishub.tasks.clips import open_clip
 
 
 @pytest.fixture(scope='module')
@@ -118,7 +118,7 @@ def test_examples_come_with_their_licence():
     readme = (tab.CLIPS[0].path.parent / 'README.md').read_text(encoding='utf-8')
     assert 'CC0-1.0' in readme
     assert {clip.path.name for clip in tab.CLIPS} == {path.name for path in tab.CLIPS[0].path.parent.glob('*.mp4')}
-    assert all(sum(1 for _ in open_frames(clip.path).read()) == 120 for clip in tab.CLIPS)
+    assert all(sum(1 for _ in open_clip(clip.path).read()) == 120 for clip in tab.CLIPS)
 
 
 @pytest.mark.browser

@@ -12,8 +12,8 @@ from pydicom.uid import MPEG4HP41, JPEGLosslessSV1
 
 from tests.tasks.video_segmentation.ultrasound_files import SECRETS, moving_square, write_dicom
 from vishub import InputError
+from vishub.tasks.clips import open_clip
 from vishub.tasks.video import VideoWriter
-from vishub.tasks.video_segmentation.clips import open_clip
 
 REAL = get_testdata_file('examples_ybr_color.dcm')  # cardiac, 30 frames of 240 x 320, YBR, JPEG
 

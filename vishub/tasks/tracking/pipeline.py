@@ -15,9 +15,9 @@ from vishub.errors import InputError, import_extra
 from vishub.files import atomic_path
 from vishub.models.bactrack import BACTrack
 from vishub.tasks.base import Pipeline, Progress, Result
+from vishub.tasks.clips import Clip, VideoInput, open_clip
 from vishub.tasks.tracking import overlay
 from vishub.tasks.tracking.collection import Template
-from vishub.tasks.tracking.frames import Frames, VideoInput, open_frames
 from vishub.tasks.tracking.tracker import Step, Tracker
 from vishub.tasks.video import VideoFrame, VideoWriter
 
@@ -82,7 +82,7 @@ class TrackingResult(Result):
     template_update: str
     latency_ms: float
     num_params: int
-    frames: Frames = field(repr=False)
+    frames: Clip = field(repr=False)
     source: Optional[str] = None
     warnings: Tuple[str, ...] = ()
 
@@ -178,7 +178,7 @@ class TrackingResult(Result):
     def _write_video(self, path: Path) -> None:
         import_extra('supervision', 'video')
         rate = 25. if self.times is None or len(self) < 2 else 1 / max(float(np.median(np.diff(self.times))), 1e-3)
-        sound = self.source if self.frames.has_sound else None
+        sound = self.frames.sound
         with VideoWriter(path, fps=rate, sound_from=sound) as writer:
             for number, frame in zip(range(len(self)), self.frames.read()):
                 pixels = overlay.draw_box(
@@ -262,7 +262,7 @@ class TrackingPipeline(Pipeline):
         """Track through one video.
 
         Args:
-            video: See `open_frames`. A list is one video, frame by frame.
+            video: See `open_clip`. A list is one video, frame by frame.
             box: The target in the first frame: x, y, w, h in pixels, top left first.
             template_update: `collection`, `latest` (one later template), or `none` (the first one alone).
             interval: Frames between updates of the collection.
@@ -280,9 +280,9 @@ class TrackingPipeline(Pipeline):
             raise InputError(f'limit is {limit}: give 2 or more')
         tracker = self.tracker(
             template_update=template_update, interval=interval, max_templates=max_templates, min_size=min_size)
-        frames = open_frames(video)
+        frames = open_clip(video)
         log = _Log(tracker)
-        total = min(frames.count, limit) if limit and frames.count else limit or frames.count
+        total = min(frames.num_frames, limit) if limit and frames.num_frames else limit or frames.num_frames
         stream = frames.read()
         try:
             for frame in _until_damage(stream, log):
@@ -378,7 +378,7 @@ class _Log:
                 self._every *= 2
                 self._pictures = self._pictures[::2]
 
-    def result(self, frames: Frames, model: str, num_params: int, template_update: str) -> TrackingResult:
+    def result(self, frames: Clip, model: str, num_params: int, template_update: str) -> TrackingResult:
         times = None if any(one is None for one in self.times) else np.array(self.times, np.float64)
         if times is not None and (np.diff(times) <= 0).any():
             times = None

@@ -14,8 +14,8 @@ from vishub.errors import InputError, import_extra
 from vishub.files import atomic_path
 from vishub.tasks import drawing
 from vishub.tasks.base import Result
+from vishub.tasks.clips import Clip
 from vishub.tasks.video import VideoFrame, VideoWriter
-from vishub.tasks.video_segmentation.clips import Clip
 
 __all__ = ['NOTICE', 'VideoSegmentationResult', 'overlay']
 

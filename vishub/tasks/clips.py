@@ -1,4 +1,7 @@
-"""The one place of this task where clips are read: RGB frames of their own size, one by one, as often as asked for."""
+"""Whatever a user calls a clip: RGB frames of their own size, one by one, as often as asked for.
+
+However long and large it is, one frame is in memory.
+"""
 import io
 import os
 from pathlib import Path
