@@ -13,7 +13,7 @@ import gradio as gr
 
 import vishub
 
-from . import classify, deblur, generate, models, predict, tokens, track, ultrasound, volume
+from . import classify, deblur, generate, models, predict, slides, tokens, track, ultrasound, volume
 from .theme import CSS, theme
 from .upload import MAX_FILE_SIZE
 
@@ -36,6 +36,7 @@ TABS: Tuple[Tab, ...] = (
     Tab('Track', 'track', track.build),
     Tab('Ultrasound', 'ultrasound', ultrasound.build),
     Tab('Volume', 'volume', volume.build),
+    Tab('Slides', 'slides', slides.build),
     Tab('Generate', 'generate', generate.build),
     Tab('Tokens', 'tokens', tokens.build),
     Tab('Models', 'models', models.build),

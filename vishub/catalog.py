@@ -429,6 +429,24 @@ _WEIGHTS: Tuple[Weight, ...] = (
         size=2738748,
         licence='apache-2.0',
     ),
+    Weight(
+        name='conslide_hit_tiny.procedural_he',
+        data='procedural H&E slides',
+        metric='acc',
+        value=96.6667,
+        sha256='f6444433ceb5a02c6db3d0fbf9d69738154bd030d645debd3f2c0fb4a1c480c9',
+        size=569472,
+        licence='apache-2.0',
+    ),
+    Weight(
+        name='conslide_hit_tiny.procedural_he_no_replay',
+        data='procedural H&E slides',
+        metric='acc',
+        value=24.1667,
+        sha256='3e262c6f8434b58d531c9d6f0ca52e2cd1eb2b25f116a309c9cad43ccd51e091',
+        size=569472,
+        licence='apache-2.0',
+    ),
 )
 
 

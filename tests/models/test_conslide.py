@@ -459,8 +459,11 @@ def test_unknown_names_are_refused(name):
         checkpoint_filter_fn({**case.state_dict, name: torch.zeros(1)}, model)
 
 
-def test_no_weights_are_claimed():
-    assert not any(cfg.has_weights for default in conslide.default_cfgs.values() for cfg in default.cfgs.values())
+def test_only_our_own_weights_are_claimed():
+    claimed = {
+        f'{name}.{tag}' for name, default in conslide.default_cfgs.items() for tag, cfg in default.cfgs.items()
+        if cfg.has_weights}
+    assert claimed == {'conslide_hit_tiny.procedural_he', 'conslide_hit_tiny.procedural_he_no_replay'}
 
 
 # Bad input

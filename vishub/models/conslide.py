@@ -746,9 +746,23 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
+# What the weights were trained with besides the network; `vishub/tasks/slide_analysis/setting.py` reads the note.
+_PROCEDURAL_HE = dict(
+    input_size=(8, 8, 128),
+    label_names=('rings', 'rows', 'clumps', 'lakes', 'dust', 'giants', 'pale', 'spindles'),
+    notes=(
+        'vishub.slide_analysis: {"tasks": {"organ_a": ["rings", "rows"], "organ_b": ["clumps", "lakes"], '
+        '"organ_c": ["dust", "giants"], "organ_d": ["pale", "spindles"]}, "encoder": "texture_bank", '
+        '"encoder_size": 32, "tiling": {"patch_size": 16, "grid": 8, "mpp": 0.5, "min_tissue": 0.05, '
+        '"max_regions": null}}',),
+)
+
 default_cfgs = generate_default_cfgs({
     'conslide_hit': _cfg(),
     'conslide_hit_tiny': _cfg(input_size=(8, 8, 128)),
+    'conslide_hit_tiny.procedural_he': _cfg(hf_hub_id='vishub/conslide_hit_tiny.procedural_he', **_PROCEDURAL_HE),
+    'conslide_hit_tiny.procedural_he_no_replay': _cfg(
+        hf_hub_id='vishub/conslide_hit_tiny.procedural_he_no_replay', **_PROCEDURAL_HE),
 })
 
 

@@ -13,6 +13,7 @@ from vishub.tasks.slide_analysis.continual import (
     score_tasks,
 )
 
+
 def reference_auc(positive, scores):
     return float(binary_auroc(torch.as_tensor(scores, dtype=torch.float64), torch.as_tensor(positive).long()))
 

@@ -120,10 +120,10 @@ def test_official_file(tmp_path):
 
 def test_texture_bank_is_a_function_of_its_seed():
     pictures = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), dtype=np.uint8)
-    first, again, other = (load_encoder(name)(pictures) for name in ('texture_bank', 'texture_bank:0', 'texture_bank:1'))
+    first, again, other = (
+        load_encoder(name)(pictures) for name in ('texture_bank', 'texture_bank:0', 'texture_bank:1'))
     assert first.shape == (4, 128) and torch.equal(first, again) and not torch.allclose(first, other)
     assert not any(p.requires_grad for p in load_encoder('texture_bank').model.parameters())
-    # turned by half a turn, a picture has the same colours and, in the mean, the same textures
     white = load_encoder('texture_bank')(np.full((1, 32, 32, 3), 255, np.uint8))
     assert white.isfinite().all()
 

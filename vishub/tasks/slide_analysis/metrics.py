@@ -132,9 +132,9 @@ def evaluate(
 
     Returns:
         JSON values: `model`, `num_params`, `data`, `split`, `num_test`, `metrics` (per cent: `acc`, the mean of the
-        tasks' class-incremental accuracies, with its interval; `masked_acc`, `micro_acc`; 0 to 1: `auc`, `multi_auc`,
-        `region_auc`, `patch_auc`, `grad_auc` where there are annotations; `forgetting` and `bwt` of its training),
-        `report` (`tasks`, each with its figures; `sequence`), and `peers`.
+        tasks' class-incremental accuracies, with its interval; `masked_acc`, `micro_acc`; 0 to 1: `masked_auc`,
+        `multi_auc`, and `region_auc`, `patch_auc`, `grad_auc` where there are annotations; `forgetting` and `bwt` of
+        its training), `report` (`tasks`, each with its figures, 0 to 1; `sequence`), and `peers`.
 
     Raises:
         InputError: If a task is missing, or two models are the same or know other tasks.
@@ -197,7 +197,7 @@ def _measure(pipe: SlideAnalysisPipeline, tasks: Sequence[EncodedTask], recorded
     metrics: Dict[str, Any] = {
         'acc': accuracy, 'acc_ci95': [max(0., accuracy - half), min(100., accuracy + half)],
         'masked_acc': 100 * float(np.mean(scores['masked'])), 'micro_acc': 100 * scores['micro'],
-        'auc': _mean(scores['auc']), 'multi_auc': scores['multi_auc'], **localisation(pipe, items)}
+        'masked_auc': _mean(scores['auc']), 'multi_auc': scores['multi_auc'], **localisation(pipe, items)}
     sequence = recorded.get('report', {}).get('sequence', {})
     metrics.update({key: sequence[key] for key in ('forgetting', 'bwt') if key in sequence})
     metrics = {key: _rounded(value) for key, value in metrics.items() if value is not None}

@@ -1,9 +1,10 @@
 """Procedural slides: real pyramidal TIFF files of invented tissue with planted lesions, whose place is known exactly.
 
 Four organs (tasks) of two classes each. The tissue is real: haematoxylin and DAB of the immunohistochemistry picture
-that comes with scikit-image (`skimage.data.immunohistochemistry`, CC0) are separated, cropped, turned, scaled, and
-stained anew with the organ's own haematoxylin and eosin. The lesions are drawn: each class has nuclei of its own
-size, shape and arrangement. A slide says its class by its lesions alone; the tissue around tells only the organ.
+that comes with scikit-image (`skimage.data.immunohistochemistry`, by the Center for Microscopy and Molecular Imaging,
+no known copyright restrictions) are separated, cropped, turned, scaled, and stained anew with the organ's own
+haematoxylin and eosin. The lesions are drawn: each class has nuclei of its own size, shape and arrangement. A slide
+says its class by its lesions alone; the tissue around tells only the organ.
 
 This is a test bench for the software and for forgetting. It has no diagnostic meaning.
 
@@ -91,7 +92,7 @@ def _generator(*words: Any) -> np.random.Generator:
 @functools.lru_cache(maxsize=1)
 def _tissue() -> np.ndarray:
     """Concentrations (2, 512, 512) of haematoxylin and of what DAB marks, in the real picture, 0 to about 1.5."""
-    skimage: Any = import_extra('skimage.data', 'train')
+    skimage: Any = import_extra('skimage.data', 'slides')
     density = -np.log10((skimage.immunohistochemistry().astype(np.float32) + 1) / 256)
     vectors = np.array([_HAEMATOXYLIN, _DAB], np.float32)
     concentrations = density.reshape(-1, 3) @ np.linalg.pinv(vectors)
