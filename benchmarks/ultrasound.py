@@ -72,9 +72,9 @@ def report(rows: Sequence[Dict[str, Any]], setting: Dict[str, Any]) -> str:
         '',
         ', '.join(f'{key.replace("_", " ")} {value}' for key, value in setting.items()) + '.',
         '',
-        'Frames a second of a video, medians over the rounds, in which all took turns. *To a clip a frame*: its time over '
-        'the row\'s, above 1 is faster; median and range over the rounds. *Difference*: of the logits, relative to the '
-        'largest. Made by `python benchmarks/ultrasound.py`.',
+        'Frames a second of a video, medians over the rounds, in which all took turns. *To a clip a frame*: its time '
+        'over the row\'s, above 1 is faster; median and range over the rounds. *Difference*: of the logits, relative '
+        'to the largest. Made by `python benchmarks/ultrasound.py`.',
         '',
         '| model | pixels | T | way | frames/s | to a clip a frame | difference |',
         '|---|---:|---:|---|---:|---:|---:|',

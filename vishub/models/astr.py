@@ -491,14 +491,14 @@ class ASTR(nn.Module):
         Raises:
             ValueError: If the clip is of another form, or too small.
         """
-        height, width = clip.shape[-2:]
+        size = clip.shape[-2:]
         if pad and clip.ndim == 5:
-            missing = (0, -width % 8, 0, -height % 8)
+            missing = (0, -size[1] % 8, 0, -size[0] % 8)
             clip = F.pad(clip.flatten(0, 1), missing, mode='replicate').unflatten(0, clip.shape[:2])
         features, body_maps = self._features(clip)
         logits = self.forward_head(features)
         if pad and not isinstance(self.head, nn.Identity):
-            logits = logits[..., :height, :width]
+            logits = logits[..., :size[0], :size[1]]
         return (logits, body_maps) if self.training or return_maps else logits
 
     def forward_intermediates(

@@ -102,8 +102,9 @@ class VideoSegmentationRecipe(Recipe):
         self.model_name, self.model_args, self.command = model.removeprefix('vishub/'), dict(model_args or {}), command
         if not 0 <= asma <= 1:
             raise InputError(f'asma is {asma}: it is a probability, from 0 to 1')
-        with torch.device('meta'):
-            like = self.build_model()
+        with torch.device('meta'):  # shapes only: weights would be fetched for nothing
+            like = self._create({
+                key: value for key, value in self.model_args.items() if not key.startswith('pretrained')})
         self.cfg = pretrained_cfg_of(like)
         self.clip_size: int = like.clip_size  # type: ignore[assignment]
         self.data = data if isinstance(data, SegmentationData) else load_data(
@@ -122,6 +123,9 @@ class VideoSegmentationRecipe(Recipe):
             'vertical_flip': self.vertical_flip}
 
     def build_model(self) -> nn.Module:
+        return self._create(self.model_args)
+
+    def _create(self, arguments: Mapping[str, Any]) -> nn.Module:
         import timm
 
         import vishub  # noqa: F401  registers our architectures
@@ -133,9 +137,9 @@ class VideoSegmentationRecipe(Recipe):
                 f"'{self.model_name}' is for {architecture.task}, not for video_segmentation: give astr_tiny, "
                 'astr_pvt_v2_b2 or astr_res2net50')
         try:
-            return timm.create_model(self.model_name, **self.model_args)
+            return timm.create_model(self.model_name, **arguments)
         except (TypeError, ValueError) as error:
-            raise InputError(f"model '{self.model_name}' refuses its arguments {self.model_args}: {error}") from error
+            raise InputError(f"model '{self.model_name}' refuses its arguments {dict(arguments)}: {error}") from error
 
     def train_set(self) -> TrainingClips:
         return TrainingClips(self.train_clips)
