@@ -1,6 +1,7 @@
 """`vishub train slide_analysis`."""
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Optional, Tuple
 
@@ -103,6 +104,8 @@ def train_slide_analysis(
             return
         sequences.append(sequence)
         tasks = [*before, *encoded]
+        if not needs_encoder:  # features tell their grid themselves
+            tiling = replace(tiling, grid=encoded[0].train[0].load().patch.shape[1])
         setting = SlideSetting(
             {one.name: one.classes for one in tasks}, encoder if needs_encoder else None,
             made.size if made else None, tiling)

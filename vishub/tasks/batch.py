@@ -1,5 +1,6 @@
 """Running a pipeline over files and folders: what `vishub predict` does. Tables of many files: `table.py` beside."""
 import glob
+import inspect
 import itertools
 import os
 import sys
@@ -70,7 +71,8 @@ def predict_files(
 ) -> Iterator[Tuple[str, Union[Result, InputError]]]:
     """Run `pipe` on files one after the other; a bad one does not stop the others.
 
-    Work that takes longer than two seconds shows a progress bar on stderr, if that is a terminal.
+    Work that takes longer than two seconds shows a progress bar on stderr, if that is a terminal: of the files, or of
+    one file's own parts where the pipeline tells its progress.
 
     Args:
         pipe: The pipeline.
@@ -102,10 +104,14 @@ def predict_files(
     taken: Set[str] = set()
     start = time.monotonic()
     # rich may send what others print to its own console; but the results on stdout are not for stderr.
+    parts = len(paths) == 1 and 'progress' in inspect.signature(pipe.__call__).parameters
     bar = progress_bar(
-        redirect_stdout=sys.stdout.isatty(), disable=len(paths) < 2 or not sys.stderr.isatty())
+        redirect_stdout=sys.stdout.isatty(), disable=len(paths) < 2 and not parts or not sys.stderr.isatty())
     with bar:
-        task = bar.add_task('Pictures', total=len(paths), visible=False)
+        task = bar.add_task('Working' if parts else 'Pictures', total=len(paths), visible=False)
+        if parts:
+            options['progress'] = lambda done, total: bar.update(
+                task, completed=done, total=total, visible=time.monotonic() - start > 2)
         for path in paths:
             outcome: Union[Result, InputError]
             try:
@@ -115,7 +121,8 @@ def predict_files(
             else:
                 if output is not None:
                     _save(result, output, Path(path).stem, taken)
-            bar.update(task, advance=1, visible=time.monotonic() - start > 2)
+            if not parts:
+                bar.update(task, advance=1, visible=time.monotonic() - start > 2)
             yield path, outcome
 
 
