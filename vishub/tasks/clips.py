@@ -15,9 +15,8 @@ from vishub.errors import InputError
 from vishub.tasks.dicom import is_dicom, open_cine
 from vishub.tasks.images import FORMATS, MAX_PIXELS, SUFFIXES, decode_image
 from vishub.tasks.video import VIDEO_SUFFIXES, VideoFrame, read_video, video_info
-from vishub.tasks.video_prediction.clips import is_frames
 
-__all__ = ['Clip', 'VideoInput', 'open_clip']
+__all__ = ['Clip', 'VideoInput', 'is_frames', 'open_clip']
 
 VideoInput = Union[str, os.PathLike, bytes, BinaryIO, np.ndarray, torch.Tensor, Sequence[Any]]
 
@@ -119,6 +118,15 @@ def open_clip(video: VideoInput) -> Clip:
         own = own if isinstance(own, str) else None
         return _content(bytes(content), f"'{own}'" if own else 'the file object', own)
     raise InputError(f'cannot read a clip from a {type(video).__name__}: {_RIGHT}')
+
+
+def is_frames(video: Any) -> bool:
+    """Whether a list holds the frames of one clip (pictures), and not several clips."""
+    return isinstance(video, (list, tuple)) and len(video) > 0 and all(
+        isinstance(item, Image.Image)
+        or isinstance(item, (np.ndarray, torch.Tensor)) and (
+            item.ndim == 2 or item.ndim == 3 and item.shape[-1] in (1, 3, 4))
+        for item in video)
 
 
 def _path(path: Path) -> Clip:

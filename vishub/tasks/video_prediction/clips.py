@@ -9,7 +9,7 @@ import io
 import itertools
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Deque, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from vishub.errors import InputError
+from vishub.tasks.clips import VideoInput, is_frames
 from vishub.tasks.images import FORMATS, MAX_PIXELS, SUFFIXES, decode_image
 from vishub.tasks.video import decode_video
 
-__all__ = ['MAX_BYTES', 'Clip', 'VideoInput', 'centre_crop', 'is_frames', 'read_clip']
-
-VideoInput = Union[str, os.PathLike, bytes, BinaryIO, np.ndarray, torch.Tensor, Sequence[Any]]
+__all__ = ['MAX_BYTES', 'Clip', 'centre_crop', 'read_clip']
 
 MAX_BYTES = 1 << 30  # of the frames kept of one clip
 _RIGHT = 'give a video, an animated GIF or WebP, a folder of frames, or a .npy file (frames, height, width[, channels])'
@@ -121,15 +120,6 @@ def read_clip(
                 f'The frames are {1000 * gaps.min():.0f} to {1000 * gaps.max():.0f} ms apart; the model takes them '
                 'as evenly spaced.')
     return Clip(np.stack([values for _, values in chosen]), times, first, source, tuple(warnings))
-
-
-def is_frames(video: Any) -> bool:
-    """Whether a list holds the frames of one clip (pictures), and not several clips."""
-    return isinstance(video, (list, tuple)) and len(video) > 0 and all(
-        isinstance(item, Image.Image)
-        or isinstance(item, (np.ndarray, torch.Tensor)) and (
-            item.ndim == 2 or item.ndim == 3 and item.shape[-1] in (1, 3, 4))
-        for item in video)
 
 
 def _choose(

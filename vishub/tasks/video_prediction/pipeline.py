@@ -15,8 +15,9 @@ from vishub.errors import InputError
 from vishub.files import atomic_path
 from vishub.tasks import drawing
 from vishub.tasks.base import Pipeline, Progress, Result, pretrained_cfg_of
+from vishub.tasks.clips import VideoInput, is_frames
 from vishub.tasks.video import VideoWriter
-from vishub.tasks.video_prediction.clips import MAX_BYTES, Clip, VideoInput, is_frames, read_clip
+from vishub.tasks.video_prediction.clips import MAX_BYTES, Clip, read_clip
 
 __all__ = ['VideoPredictionPipeline', 'VideoPredictionResult', 'frame_errors']
 

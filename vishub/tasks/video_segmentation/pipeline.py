@@ -11,8 +11,7 @@ from torch import nn
 
 from vishub.errors import InputError
 from vishub.tasks.base import Pipeline, Progress, pretrained_cfg_of
-from vishub.tasks.clips import VideoInput, open_clip
-from vishub.tasks.video_prediction.clips import is_frames
+from vishub.tasks.clips import VideoInput, is_frames, open_clip
 from vishub.tasks.video_segmentation.result import VideoSegmentationResult
 
 __all__ = ['VideoSegmentationPipeline']
