@@ -104,7 +104,8 @@ def test_page(served, chromium, tmp_path):
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(
-                executable_path=chromium, args=['--headless', '--no-sandbox', '--use-gl=swiftshader'])
+                executable_path=chromium,  # the mesh needs WebGL, in software here
+                args=['--headless', '--no-sandbox', '--use-angle=swiftshader', '--enable-unsafe-swiftshader'])
             page = browser.new_page(viewport={'width': 1280, 'height': 1300})
             page.set_default_timeout(180_000)
             page.on('request', lambda request: asked.append(request.url))
@@ -121,7 +122,7 @@ def test_page(served, chromium, tmp_path):
             page.get_by_label('Opacity of the mask').fill('80')
             assert page.locator('.vh-volume').evaluate("e => e.style.getPropertyValue('--vh-mask')") == '0.8'
             expect(page.locator('#vh-volume-mesh')).to_be_visible()
-            page.wait_for_timeout(1500)
+            page.wait_for_timeout(4000)
             page.screenshot(path=shots / 'volume.png', full_page=True)
             browser.close()
     finally:

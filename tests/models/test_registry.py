@@ -69,6 +69,8 @@ MAKE_INPUT = {
 }
 # what a family needs so that training reaches all of it
 TRAINING_ARGS = {'mambaclinix': {'deep_supervision': True}}
+# families whose norms over a few voxels enlarge rounding: compared in float64 where a batch's size changes the order
+DOUBLE = {'mambaclinix'}
 
 ARCHITECTURES = [row.name for row in catalog.architectures()]
 CLASSIFIERS = [row.name for row in catalog.architectures('classification')]
@@ -319,6 +321,8 @@ def test_copies_give_the_same_output(family, tmp_path):
 def test_images_of_a_batch_do_not_meet(family):
     model = built(family).eval()
     x = make_input(smallest(family), batch_size=3)
+    if family in DOUBLE:
+        model, x = model.double(), x.double()
     torch.testing.assert_close(run(model, x)[1:2], run(model, pick(x, slice(1, 2))), rtol=1e-4, atol=1e-5)
 
 
