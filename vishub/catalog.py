@@ -412,6 +412,15 @@ _WEIGHTS: Tuple[Weight, ...] = (
         licence='apache-2.0',
     ),
     Weight(
+        name='mambaclinix_tiny.procedural',
+        data='procedural organ and tubes, 64^3',
+        metric='dice',
+        value=0.8919,
+        sha256='6b6689b401385b2323e744324be074b576098cd198b20bb1f693c55dc1349266',
+        size=3101922,
+        licence='apache-2.0',
+    ),
+    Weight(
         name='nvit.fashion_mnist',
         data='Fashion-MNIST',
         metric='top1',
