@@ -29,7 +29,7 @@ __all__ = ['SLIDES', 'analyse', 'bars_html', 'build', 'viewer_html']
 TASK = 'slide_analysis'
 NO_MODELS = 'No slide analysis model has trained weights yet, so there is nothing to try here. ' \
             'The Models tab lists the architectures.'
-SLIDES = tuple(FOLDER / 'slides' / name for name in ('organ_a.svs', 'organ_d.svs'))
+SLIDES = tuple(sorted((FOLDER / 'slides').glob('*.svs')))
 UNKNOWN = 'not known'
 _WITHOUT = '_no_replay'  # how the tag of the weights to compare with ends
 _NOTHING_YET = 'Choose a slide (.svs, pyramidal .tif, …; here up to 40 MB), or take an example.'
