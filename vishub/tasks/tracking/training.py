@@ -1,5 +1,6 @@
 """The two recipes of a tracker: first to find the target, then to know whether what was found is the target."""
 import logging
+import math
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
@@ -237,6 +238,40 @@ class TrackingRecipe(Recipe):
         overlap, right = gather_shares(share.cpu(), len(samples)).double().mean(0).tolist()
         return {'iou': 100 * overlap} if self.stage == 1 else {'accuracy': 100 * right}
 
+    @torch.no_grad()
+    def calibrate_sizes(self, model: nn.Module) -> Tuple[float, float]:
+        """Move the last biases of the box head so that half of the boxes are too wide and half too narrow.
+
+        The loss makes boxes too large: where the centre is uncertain, a larger box has the larger expected overlap. A
+        tracker feeds its boxes back, so that ten per cent in a frame become a box of half as much again. Measured on
+        the validation split, over samples whose box overlaps the target. Ours, no other tracker's.
+
+        Returns:
+            Factors by which widths and heights were too large.
+        """
+        holder: Any = model.eval()
+        samples = self.samples(self.data.val, augment=False)
+        device = next(model.parameters()).device
+        found, true = [], []
+        for start in range(0, len(samples), 16):
+            chosen = [samples[0, index, self.sizes[1]] for index in range(start, min(start + 16, len(samples)))]
+            batch = {key: torch.stack([sample[key] for sample in chosen]).to(device) for key in chosen[0]}
+            inputs, (boxes, _) = self.prepare(batch, self.sizes[1], training=False)
+            output = model(*inputs)
+            best = output.logits.float().softmax(-1)[..., 0].argmax(1)
+            overlapping = _overlap(output, boxes) > 0.3
+            found.append(output.boxes[torch.arange(len(boxes), device=device), best][overlapping].float().cpu())
+            true.append(boxes[overlapping].cpu())
+        sizes, right = torch.cat(found)[:, 2:], torch.cat(true)[:, 2:]
+        factors = []
+        for axis in range(2):
+            ratio = float((sizes[:, axis] / right[:, axis]).median()) if len(sizes) else 1.
+            middle = float(sizes[:, axis].median()) if len(sizes) else 0.
+            # of a sigmoid s: d ln s = (1 - s) dz
+            holder.reg_head[-1].bias[2 + axis] -= math.log(ratio) / (1 - middle)
+            factors.append(round(ratio, 4))
+        return factors[0], factors[1]
+
     def finish(self, model: nn.Module, result: TrainResult, config: TrainConfig) -> Path:
         """Store the weights as fp16; behind stage 2 load what was stored, evaluate that, and store its figures."""
         from vishub.hub import save_folder
@@ -255,6 +290,8 @@ class TrackingRecipe(Recipe):
             'samples': len(self.train_set()), 'hardware': describe_hardware(next(model.parameters()).device),
             'recipe': {**self.describe(), **config.fingerprint()}, 'validation': result.metrics,
         }
+        if self.stage == 1 and self.data.val is not None:
+            training['size_calibration'] = self.calibrate_sizes(model)
         if self.initial is not None:
             training['started_from'] = {
                 'name': self.initial.resolve().name, **recorded(self.initial).get('training', {})}
