@@ -67,6 +67,11 @@ default_cfgs = generate_default_cfgs({
         label_names=(
             'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')),
     'vit_mini_patch2_32': _cfg(input_size=(3, 32, 32)),
+    'vit_mini_patch2_32.cifar10': _cfg(
+        hf_hub_id='vishub/vit_mini_patch2_32.cifar10', input_size=(3, 32, 32), num_classes=10,
+        mean=(0.4935, 0.4830, 0.4473), std=(0.2444, 0.2424, 0.2584),
+        label_names=(
+            'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')),
 })
 
 
