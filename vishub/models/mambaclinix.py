@@ -729,9 +729,9 @@ default_cfgs = generate_default_cfgs({
     'mambaclinix_s5': _cfg(5, (96, 96, 96), min_input_size=(1, 32, 32, 32)),
     'mambaclinix_s6': _cfg(6, (128, 128, 128), min_input_size=(1, 64, 64, 64)),
     'mambaclinix_s7_aniso': _cfg(7, (48, 192, 192), min_input_size=(1, 32, 128, 128)),
-    'mambaclinix_tiny': _cfg(4, (48, 48, 48), num_classes=3, min_input_size=(1, 32, 32, 32)),
+    'mambaclinix_tiny': _cfg(4, (48, 48, 48), num_classes=3, min_input_size=(1, 16, 16, 16)),
     'mambaclinix_tiny.procedural': _cfg(
-        4, (32, 32, 32), num_classes=3, min_input_size=(1, 32, 32, 32), hf_hub_id='vishub/mambaclinix_tiny.procedural',
+        4, (32, 32, 32), num_classes=3, min_input_size=(1, 16, 16, 16), hf_hub_id='vishub/mambaclinix_tiny.procedural',
         label_names=('background', 'organ', 'tubes')),
 })
 
