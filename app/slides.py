@@ -265,8 +265,9 @@ def build(tab: gr.Tab) -> None:
             viewer = gr.HTML(elem_id='vh-slides-viewer')
             bars = gr.HTML(elem_id='vh-slides-bars')
             patches = gr.Gallery(
-                label='Patches that count most, with their share of the heat', columns=6, height='auto',
-                allow_preview=False, buttons=[], interactive=False, visible=False, elem_id='vh-slides-patches')
+                label='Patches that count most, with their share of the heat', columns=3, height='auto',
+                allow_preview=False, buttons=[], interactive=False, visible=False, elem_id='vh-slides-patches',
+                elem_classes='vh-thumbnails')
             facts = gr.HTML(elem_id='vh-slides-facts')
             files = gr.File(label='Download (the .geojson opens in QuPath)', visible=False, interactive=False,
                             elem_id='vh-slides-files')
