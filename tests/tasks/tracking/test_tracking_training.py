@@ -274,6 +274,6 @@ def test_folder_layout_by_the_command_line(runs, tmp_path):
     assert answer.exit_code == 0, answer.output
     report = json.loads(answer.stdout)
     assert report['data'] == 'DTB70 (DTB)' and report['report']['radius'] == 20 and 'pysot' in report['split']
-    answer = CliRunner().invoke(
-        app, ['predict', f'local-dir:{runs[1]}', str(place / 'img'), '--option', 'box=10,10,20,20', '--device', 'cpu', '--json'])
+    words = ['predict', f'local-dir:{runs[1]}', str(place / 'img'), '--option', 'box=10,10,20,20']
+    answer = CliRunner().invoke(app, [*words, '--device', 'cpu', '--json'])
     assert answer.exit_code == 0 and json.loads(answer.stdout)[0]['num_frames'] == 5
