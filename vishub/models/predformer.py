@@ -693,6 +693,7 @@ default_cfgs = generate_default_cfgs({
     **{f'predformer_{arrangement}_{data}': _cfg(input_size=input_size)
        for data, (input_size, _, _) in _PRESETS.items() for arrangement in ARRANGEMENTS},
     'predformer_tiny': _cfg(input_size=(1, 32, 32)),
+    'predformer_tiny.moving_mnist': _cfg(input_size=(1, 32, 32), hf_hub_id='vishub/predformer_tiny.moving_mnist'),
 })
 
 
