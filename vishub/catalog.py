@@ -340,6 +340,15 @@ _WEIGHTS: Tuple[Weight, ...] = (
         licence='apache-2.0',
     ),
     Weight(
+        name='bactrack_tiny.scenes',
+        data='scenes cut from bsds500',
+        metric='auc',
+        value=0.3706,
+        sha256='b696ec49c1e15525cdabd4a98397945ce35adf455f0be3f0bbf02aa800e10423',
+        size=1058174,
+        licence='other',
+    ),
+    Weight(
         name='conslide_hit_tiny.procedural_he',
         data='procedural H&E slides',
         metric='acc',

@@ -661,6 +661,7 @@ default_cfgs = generate_default_cfgs({
     'bactrack_resnet50': _cfg(),
     'bactrack_resnet18': _cfg(),
     'bactrack_tiny': _cfg(input_size=(3, 96, 96)),
+    'bactrack_tiny.scenes': _cfg(input_size=(3, 96, 96), hf_hub_id='vishub/bactrack_tiny.scenes', license='other'),
 })
 
 

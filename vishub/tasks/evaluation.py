@@ -59,4 +59,4 @@ def into_card(
     facts.update({key: report[key] for key in ('peers', 'robustness') if report.get(key)})
     if card is not None:
         facts['card'] = dict(card)
-    annotate(folder, **facts)
+    annotate(Path(folder), **facts)

@@ -8,7 +8,7 @@ import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Optional, Tuple, Union, cast
+from typing import Any, BinaryIO, Dict, List, Optional, Tuple, Union, cast
 
 import numpy as np
 import torch
@@ -269,8 +269,8 @@ def _write_tiff_16(path: Path, pixels: np.ndarray, tags: Tuple[Tuple[int, int, i
 
 def _tiff_tags(image: Any) -> Tuple[Tuple[Tuple[int, int, int, Any], ...], Tuple[str, ...]]:
     """What a TIFF tells besides its pixels, and a warning where some of it cannot be kept."""
-    kept, names = [], TiffImagePlugin.ImageFileDirectory_v2()
-    stored = getattr(image, 'tag_v2', names)
+    kept: List[Tuple[int, int, int, Any]] = []
+    stored: Any = getattr(image, 'tag_v2', TiffImagePlugin.ImageFileDirectory_v2())
     for code in _TIFF_TAGS & set(stored):
         kind, value = stored.tagtype[code], stored[code]
         if kind == 2:  # text

@@ -142,13 +142,13 @@ def _rows_of_csv(path: Path, fold: int, folds: int, seed: int) -> Dict[str, List
         name, label = record.get('path') or record.get('slide_id'), record.get('label')
         if not name or not label:
             raise InputError(f"task '{path}', line {number}: columns path (or slide_id) and label are needed")
-        file = path.parent / name
-        if not file.suffix:  # the official layout
-            file = path.parent / 'h5_files' / f'{name}.h5'
+        slide = path.parent / name
+        if not slide.suffix:  # the official layout
+            slide = path.parent / 'h5_files' / f'{name}.h5'
         split = record.get('split') or ''
         if split and split not in SPLITS:
             raise InputError(f"task '{path}', line {number}: split '{split}' is not train, val or test")
-        splits.setdefault(split, []).append(SlideRow(str(file), label, record.get('case_id') or file.stem))
+        splits.setdefault(split, []).append(SlideRow(str(slide), label, record.get('case_id') or slide.stem))
     if '' in splits:
         if len(splits) > 1:
             raise InputError(f"task '{path}': give a split in every line or in none")

@@ -107,8 +107,8 @@ def extract(
         patch_parts.append(kept['patch'])
         region_parts.append(kept['region'])
     # rounded as they are stored, so that features made and features found give the same numbers
-    patches, views = (torch.cat(tensors).half().float() for tensors in (patch_parts, region_parts))
-    return SlideFeatures(patches, views, regions.coords, regions.size, seconds)
+    stored = [torch.cat(tensors).half().float() for tensors in (patch_parts, region_parts)]
+    return SlideFeatures(stored[0], stored[1], regions.coords, regions.size, seconds)
 
 
 def _kept(part: Optional[Path], count: int, grid: int, width: int) -> Optional[Dict[str, torch.Tensor]]:
@@ -133,7 +133,7 @@ class FeatureCache:
         InputError: If the folder cannot be written.
     """
 
-    def __init__(self, folder: Union[str, Path]) -> None:
+    def __init__(self, folder: Union[str, os.PathLike]) -> None:
         self.folder = Path(folder)
         try:
             with atomic_path(self.folder / '.write-test') as temporary:

@@ -94,7 +94,7 @@ def _square(
         'geometry': {'type': 'Polygon', 'coordinates': [ring]},
         'properties': {
             'objectType': kind, 'name': name, 'isLocked': True,
-            'classification': {'name': label, 'color': drawing.heat_colours(np.float64(shade)).tolist()},
+            'classification': {'name': label, 'color': drawing.heat_colours(np.asarray(shade, np.float64)).tolist()},
             'measurements': {'attention': round(share, 8)},
         },
     }

@@ -145,11 +145,11 @@ def _draw_lesion(rng: np.random.Generator, lesion: Lesion, side: int) -> np.ndar
             hubs = rng.uniform(0, side, (max(3, count // 10), 2))
             centres = [tuple(hubs[int(rng.integers(len(hubs)))] + rng.normal(0, 6, 2)) for _ in range(2 * count)]
     nuclei = np.zeros((side, side), np.float32)
-    direction = rng.uniform(0, math.pi)  # of long nuclei: those of one lesion lie alike
+    direction = float(rng.uniform(0, math.pi))  # of long nuclei: those of one lesion lie alike
     for cy, cx in centres:
-        angle = direction + rng.normal(0, 0.2)
-        along = (xx - cx) * math.cos(angle) + (yy - cy) * math.sin(angle)
-        across = -(xx - cx) * math.sin(angle) + (yy - cy) * math.cos(angle)
+        turn = direction + float(rng.normal(0, 0.2))
+        along = (xx - cx) * math.cos(turn) + (yy - cy) * math.sin(turn)
+        across = -(xx - cx) * math.sin(turn) + (yy - cy) * math.cos(turn)
         radius = lesion.radius * rng.uniform(0.85, 1.15)
         distance = np.hypot(along / lesion.stretch, across) / radius
         nuclei = np.maximum(nuclei, np.clip(2.2 - 2 * distance, 0, 1))
@@ -222,14 +222,15 @@ def draw_slide(
         weight = _blob(rng, LESION)
         box = (slice(y - top, y - top + LESION), slice(x - left, x - left + LESION))
         drawn = _draw_lesion(rng, kind.classes[label], LESION) * strength[:, None, None]
-        maps[(slice(None), *box)] = weight * drawn + (1 - weight) * maps[(slice(None), *box)]
+        place_of = (slice(None), *box)
+        maps[place_of] = weight * drawn + (1 - weight) * maps[place_of]
         inside[box] = np.maximum(inside[box], weight)
         lesions.append((x, y, LESION, LESION))
 
     lean = np.array([-kind.tint, 0., kind.tint], np.float32) * 0.12
     vectors = np.stack([np.array(_HAEMATOXYLIN, np.float32) + lean, np.array(_EOSIN, np.float32) + lean])
     density = np.tensordot(np.moveaxis(maps * inside, 0, 2), vectors, 1)  # height, width, RGB
-    grain = rng.normal(0, 2, density.shape).astype(np.float32) * inside[..., None]
+    grain = np.float32(rng.normal(0, 2, density.shape)) * inside[..., None]
     picture = np.full((side, side, 3), _BACKGROUND, np.uint8)
     picture[top:top + height, left:left + width] = (
         _BACKGROUND * np.exp(-math.log(10) * density) + grain).clip(0, 255)

@@ -143,7 +143,7 @@ class PairSamples(Dataset):
         for number in numbers:
             frame, box = video.frame(number), video.box(number)
             templates.append(crop(
-                frame, (box[0] + box[2] / 2, box[1] + box[3] / 2), crop_side(*box[2:], TEMPLATE_FACTOR),
+                frame, (box[0] + box[2] / 2, box[1] + box[3] / 2), crop_side(box[2], box[3], TEMPLATE_FACTOR),
                 self.template_size, mean_colour(frame)))
         present = rng.random() >= self.absent
         frame, box = video.frame(seen), video.box(seen)

@@ -219,5 +219,5 @@ def _sprite(textures: Textures, rng: np.random.Generator, side: int) -> _Sprite:
     colours = np.stack([textures.texture(rng) for _ in range(2)]).astype(np.float32)
     rgba = np.concatenate([colours, np.broadcast_to(alpha[None, :, :, None], (2, *alpha.shape, 1))], axis=3)
     return _Sprite(
-        rgba.astype(np.float32), width, height, *paths, size=_wave(rng, 1., 0.25, 50, 120),
+        rgba.astype(np.float32), width, height, paths[0], paths[1], size=_wave(rng, 1., 0.25, 50, 120),
         fade=rng.uniform(0, 2 * _FADE))

@@ -135,7 +135,7 @@ class StoredCases(CaseSet):
         image = self.preprocessing.prepare(volume.data, volume.spacing)
         spacing = tuple(
             own * n / m for own, n, m in zip(volume.spacing, volume.data.shape[1:], image.shape[1:]))
-        return Case(self.name(index), image, resample_labels(label, image.shape[1:]), spacing)  # type: ignore[arg-type]
+        return Case(self.name(index), image, resample_labels(label, image.shape[1:]), spacing)
 
     def source(self, index: int) -> Tuple[Any, np.ndarray, Tuple[float, float, float]]:
         from vishub.tasks.volume_segmentation.volumes import read_volume
@@ -230,7 +230,8 @@ def _corner(label: np.ndarray, size: Sequence[int], rng: np.random.Generator) ->
 
 def cut(data: np.ndarray, corner: Sequence[int], size: Sequence[int]) -> np.ndarray:
     """(C, D, H, W) -> a copy of (C, *size) from `corner` on; what lies beyond the volume is 0, the volume centred."""
-    part = data[(slice(None), *(slice(c, c + s) for c, s in zip(corner, size)))]
+    place = (slice(None), *(slice(c, c + s) for c, s in zip(corner, size)))
+    part = data[place]
     missing = [s - n for s, n in zip(size, part.shape[1:])]
     return np.pad(part, [(0, 0), *((m // 2, m - m // 2) for m in missing)])
 

@@ -55,8 +55,10 @@ def region_tversky_loss(
     """
     p = logits.float().softmax(1)
     y = one_hot(target, logits.shape[1])
+    depth, height, width = regions
     tp, fp, fn = (
-        F.adaptive_avg_pool3d(part, tuple(regions)) for part in (p * y, p * (1 - y), (1 - p) * y))  # B, K, regions
+        F.adaptive_avg_pool3d(part, (depth, height, width))  # B, K, regions
+        for part in (p * y, p * (1 - y), (1 - p) * y))
     if batch_dice:
         tp, fp, fn = (part.sum(0, keepdim=True) for part in (tp, fp, fn))
     wrong = fp + fn + _SMOOTH

@@ -2,7 +2,7 @@
 import dataclasses
 import json
 import struct
-from typing import List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
@@ -64,7 +64,10 @@ def _extent(line: np.ndarray) -> Tuple[int, int]:
 def glb(parts: Sequence[Surface]) -> bytes:
     """glTF 2.0 in one file, in metres, Y up (superior) and Z towards the viewer (anterior)."""
     chunks: List[bytes] = []
-    views, accessors, meshes, materials = [], [], [], []
+    views: List[Dict[str, Any]] = []
+    accessors: List[Dict[str, Any]] = []
+    meshes: List[Dict[str, Any]] = []
+    materials: List[Dict[str, Any]] = []
 
     def add(values: np.ndarray, kind: str, component: int, target: int, **bounds: List[float]) -> int:
         views.append({
@@ -118,7 +121,7 @@ def obj(parts: Sequence[Surface]) -> bytes:
     for part in parts:
         lines.append(f'g {part.name.replace(" ", "_")}')
         lines += [f'v {x:.3f} {y:.3f} {z:.3f}' for x, y, z in part.vertices.tolist()]
-        lines += [f'f {a} {b} {c}' for a, b, c in (part.faces.astype(np.int64) + first).tolist()]
+        lines += [f'f {a} {b} {c}' for a, b, c in np.add(part.faces, first, dtype=np.int64).tolist()]
         first += len(part.vertices)
     return ('\n'.join(lines) + '\n').encode()
 

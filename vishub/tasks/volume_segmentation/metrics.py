@@ -146,7 +146,7 @@ def measure(
         `num_test`, `metrics` (`dice`, `dice_ci95`, `hd95`, `nsd`, and `dice_<class>` of each), `report` with each
         case's figures and the rules.
     """
-    rows = []
+    rows: List[Dict[str, Any]] = []
     for index in range(count):
         source, truth, spacing = cases.source(index)
         rows.append({'name': cases.name(index), 'classes': measure_case(

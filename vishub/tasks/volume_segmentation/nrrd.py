@@ -64,7 +64,7 @@ def read_nrrd(path: Path) -> Volume:
         raise InputError(f"'{path}' is cut off: {len(body):,} of {needed:,} bytes of voxels are there")
     values = np.frombuffer(body, dtype, int(np.prod(shape))).reshape(shape, order='F').astype(np.float32)
     affine, warnings = _nrrd_affine(path, fields)
-    grid = Grid(shape, affine)  # type: ignore[arg-type]
+    grid = Grid(shape, affine)
     return Volume(grid.to_network(values)[None].copy(), grid, source=str(path), warnings=warnings)
 
 
