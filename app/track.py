@@ -59,9 +59,10 @@ def first_frame(upload: Optional[dict]) -> Tuple[Any, Any, Any, str]:
     path = name = None
     try:
         path, name = uploaded(upload) or ('', '')
-        frame = next(iter(open_clip(path).read()), None)
-        if frame is None:
-            raise InputError(f"'{name}' has no frames: choose a video")
+        clip = open_clip(path)
+        frame = next(iter(clip.read()), None)
+        if frame is None or clip.num_frames == 1:
+            raise InputError(f"'{name}' has {'no frames' if frame is None else 'one frame'}: choose a video")
     except Exception as error:
         return None, [], '', failure(error_sentence(error, 'reading the video', path, name))
     picture = Image.fromarray(frame.pixels)

@@ -51,7 +51,7 @@ def test_same_model_by_every_name(name):
     by_folder = timm.create_model(f'local-dir:{ROOT / "weights" / name}', pretrained=True).eval()
     arguments = torch.rand(2, *by_folder.pretrained_cfg['input_size']),
     if hasattr(by_folder, 'example_inputs'):
-        arguments = by_folder.example_inputs(2)
+        arguments = by_folder.example_inputs()
     with torch.no_grad():
         expected = by_folder(*arguments)
         for model in (

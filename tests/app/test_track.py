@@ -105,7 +105,7 @@ def test_bad_boxes_get_one_sentence(served, box, sentence):
 def test_bad_videos_get_one_sentence(served, tmp_path):
     Image.new('RGB', (30, 30)).save(tmp_path / 'still.png')
     (tmp_path / 'text.mp4').write_text('no video')
-    for name, sentence in (('still.png', 'is a picture'), ('text.mp4', 'is not a video')):
+    for name, sentence in (('still.png', 'has one frame'), ('text.mp4', 'is not a video')):
         _, _, _, status = tab.first_frame(upload(tmp_path / name))
         said, _ = last(tmp_path / name, '1, 1, 20, 20', served)
         for text in (status, said[5]):

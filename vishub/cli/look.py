@@ -32,8 +32,10 @@ def list_command(
         typer.echo(json.dumps(rows, indent=2))
         return
     table = Table(box=None, header_style='bold', pad_edge=False)
+    longest = max((len(row['name']) for row in rows), default=0)
     for column in ('Model', 'Task', 'Input', 'Weights'):
-        table.add_column(column, no_wrap=column != 'Task')
+        # a name that is cut cannot be typed
+        table.add_column(column, no_wrap=column != 'Task', min_width=longest if column == 'Model' else None)
     for row in rows:
         weights = [f'.{weight["name"].partition(".")[2]} {figure(weight)}' for weight in row['weights']]
         table.add_row(
