@@ -1,35 +1,13 @@
 """Video files in and out: times, sound, turned frames, and what is wrong with a file."""
-from fractions import Fraction
-
 import av
 import numpy as np
 import pytest
 
+from tests.tasks.video_files import grey, packets, with_sound
 from vishub import InputError
 from vishub.tasks.video import VideoWriter, read_video, video_info
 
 TIMES = (0, 0.04, 0.12, 0.16, 0.5, 0.54)  # a phone in the dark
-
-
-def grey(level, height=48, width=64):
-    return np.full((height, width, 3), level, np.uint8)
-
-
-def with_sound(path, codec, seconds=1., rate=8000):
-    """A video of 10 frames with a tone, in the container that the suffix says."""
-    with av.open(str(path), 'w') as container:
-        video = container.add_stream('mpeg4', rate=10)
-        video.width, video.height, video.pix_fmt = 64, 48, 'yuv420p'
-        sound = container.add_stream(codec, rate=rate, layout='mono')
-        for _ in range(10):
-            container.mux(video.encode(av.VideoFrame.from_ndarray(grey(90), 'rgb24')))
-        container.mux(video.encode())
-        tone = (8000 * np.sin(np.arange(int(seconds * rate)) * 2 * np.pi * 440 / rate)).astype(np.int16)
-        frame = av.AudioFrame.from_ndarray(tone[None], 's16', 'mono')
-        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-        container.mux(sound.encode(frame))
-        container.mux(sound.encode())
-    return path
 
 
 def sound_of(path):
@@ -41,11 +19,6 @@ def sound_of(path):
         frames = [frame.to_ndarray()[0].astype(np.float64) for frame in container.decode(stream)]
         samples = np.concatenate(frames)
         return stream.codec_context.name, samples.std() / max(abs(samples).max(), 1e-9), len(samples) / stream.rate
-
-
-def packets(path):
-    with av.open(str(path)) as container:
-        return [bytes(packet) for packet in container.demux(container.streams.audio[0]) if packet.size]
 
 
 def test_pixels_and_uneven_times_come_back(tmp_path):

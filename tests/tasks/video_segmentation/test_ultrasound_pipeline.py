@@ -16,7 +16,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 import vishub
-from tests.tasks.test_video import packets, with_sound
+from tests.tasks.video_files import packets, with_sound
 from tests.tasks.video_segmentation.ultrasound_files import SECRETS, Dark, moving_square, write_dicom
 from vishub import InputError
 from vishub.models.astr import clip_indices
