@@ -11,6 +11,7 @@ from vishub.tasks.classification.pipeline import ClassificationResult
 from .examples import EXAMPLES, Example
 from .messages import error_sentence, facts_html, failure, notice
 from .models import TrainedModel, choose, trained_models
+from .parts import example_gallery, model_choice, run_and_stop
 from .pipelines import PIPELINES
 from .upload import picture_input, uploaded
 from .work import RunningWork, Stopped, Work
@@ -137,18 +138,12 @@ def build(tab: gr.Tab) -> None:
         with gr.Column(min_width=300):
             picture = picture_input('Picture', height=300, elem_id='vh-picture')
             status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-status')
-            examples = gr.Gallery(
-                _gallery(examples_for(models[0])), label='Or take an example', columns=3, height='auto',
-                allow_preview=False, object_fit='cover', buttons=[], interactive=False, elem_id='vh-examples',
-            )
-            model = gr.Dropdown([row.name for row in models], value=models[0].name, label='Model', elem_id='vh-model')
-            about = gr.HTML(_about(models[0]))
+            examples = example_gallery(_gallery(examples_for(models[0])), 'vh-examples')
+            model = model_choice(models, _about, 'vh-model')
             with gr.Accordion('Options', open=False):
                 top_k = gr.Slider(1, 10, value=5, step=1, label='How many classes to show')
                 heatmap = gr.Checkbox(True, label='Heat map: the places that speak for the first class')
-            with gr.Row():
-                run = gr.Button('Classify', variant='primary', min_width=120, elem_id='vh-run')
-                stop = gr.Button('Stop', min_width=80, scale=0, interactive=False, elem_id='vh-stop')
+            run, stop = run_and_stop('Classify', 'vh')
         with gr.Column(min_width=300):
             label = gr.Label(label='Likeliest classes', elem_id='vh-label')
             overlay = gr.Image(
@@ -168,8 +163,8 @@ def build(tab: gr.Tab) -> None:
     def take_example(name: str, event: gr.SelectData) -> str:
         return str(examples_for(by_name[name])[event.index].path)
 
-    def change_model(name: str) -> Tuple[str, List[Tuple[str, str]]]:
-        return _about(by_name[name]), _gallery(examples_for(by_name[name]))
+    def change_examples(name: str) -> List[Tuple[str, str]]:
+        return _gallery(examples_for(by_name[name]))
 
     examples.select(take_example, model, picture, show_progress='hidden', api_visibility='private')
-    model.change(change_model, model, [about, examples], show_progress='hidden', api_visibility='private')
+    model.change(change_examples, model, examples, show_progress='hidden', api_visibility='private')

@@ -21,6 +21,7 @@ from vishub.tasks.deblurring.shake import blur, camera_shake
 from .examples import EXAMPLES
 from .messages import error_sentence, facts_html, failure, notice
 from .models import TrainedModel, choose, trained_models
+from .parts import example_gallery, model_choice, run_and_stop
 from .pipelines import PIPELINES
 from .upload import picture_input, uploaded
 from .work import RunningWork, Stopped, Work
@@ -188,29 +189,21 @@ def build(tab: gr.Tab) -> None:
     if not models:
         gr.HTML(notice(NO_MODELS))
         return
-    by_name = {model.name: model for model in models}
     gallery: List[Tuple[str, str]] = [(str(photo.path), photo.caption) for photo in PHOTOS]
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300, scale=2):
             picture = picture_input('Photograph', height=260, elem_id='vh-deblur-picture')
             status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-deblur-status')
-            examples = gr.Gallery(
-                gallery, label='Or take a sharp one, which is shaken first', columns=3, height='auto',
-                allow_preview=False, object_fit='cover', buttons=[], interactive=False, elem_id='vh-deblur-examples',
-                elem_classes='vh-thumbnails',
-            )
+            examples = example_gallery(gallery, 'vh-deblur-examples', 'Or take a sharp one, which is shaken first')
             shake = gr.Slider(
                 0, MOST_SHAKE, value=0, step=1, label='Shake it first', elem_id='vh-deblur-shake',
                 info='Length of a camera shake in pixels, added before; 0 takes the photograph as it is.')
             again = gr.Button('Another shake', size='sm')
             seed = gr.Number(0, precision=0, visible=False)
-            model = gr.Dropdown([row.name for row in models], value=models[0].name, label='Model')
-            about = gr.HTML(_about(models[0]))
+            model = model_choice(models, _about, 'vh-deblur-model')
             with gr.Accordion('Options', open=False):
                 strength = gr.Slider(0, 1, value=1, step=0.05, label='How much of the change is applied')
-            with gr.Row():
-                run = gr.Button('Deblur', variant='primary', min_width=120, elem_id='vh-deblur-run')
-                stop = gr.Button('Stop', min_width=80, scale=0, interactive=False, elem_id='vh-deblur-stop')
+            run, stop = run_and_stop('Deblur', 'vh-deblur')
         with gr.Column(min_width=300, scale=3):
             pictures = gr.ImageSlider(
                 label='Before and after: drag the line', interactive=False, type='pil', format='png',
@@ -235,4 +228,3 @@ def build(tab: gr.Tab) -> None:
         return str(PHOTOS[event.index].path), length or 11  # they are sharp
 
     examples.select(take_example, shake, [picture, shake], show_progress='hidden', api_visibility='private')
-    model.change(lambda name: _about(by_name[name]), model, about, show_progress='hidden', api_visibility='private')

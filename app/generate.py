@@ -17,6 +17,7 @@ from vishub.tasks.generation.pipeline import GenerationResult, picture_grid
 
 from .messages import error_sentence, facts_html, failure, notice
 from .models import TrainedModel, choose, trained_models
+from .parts import model_choice
 from .pipelines import PIPELINES
 from .work import RunningWork, Stopped, Work
 
@@ -232,9 +233,7 @@ def build(tab: gr.Tab) -> None:
             with gr.Row(equal_height=True):
                 seed = gr.Number(0, label='Seed', precision=0, minimum=0, min_width=120, elem_id='vh-gen-seed')
                 dice = gr.Button('Another seed', size='sm', scale=0, min_width=120, elem_id='vh-gen-dice')
-            model = gr.Dropdown(
-                [row.name for row in models], value=models[0].name, label='Model', elem_id='vh-gen-model')
-            about = gr.HTML(_about(models[0]))
+            model = model_choice(models, _about, 'vh-gen-model')
             with gr.Accordion('Options', open=False):
                 count = gr.Slider(1, _MOST_IMAGES, value=8, step=1, label='Pictures')
                 steps = gr.Slider(2, 100, value=25, step=1, label='Steps', info='More are slower and a little better.')
@@ -272,8 +271,8 @@ def build(tab: gr.Tab) -> None:
     dice.click(
         lambda: random.randrange(100_000), None, seed, show_progress='hidden', api_visibility='private')
 
-    def change_model(name: str, current: str) -> Tuple[str, Any]:
+    def change_labels(name: str, current: str) -> Any:
         names = list(by_name[name].label_names)
-        return _about(by_name[name]), gr.Dropdown(names, value=current if current in names else names[0])
+        return gr.Dropdown(names, value=current if current in names else names[0])
 
-    model.change(change_model, [model, label], [about, label], show_progress='hidden', api_visibility='private')
+    model.change(change_labels, [model, label], label, show_progress='hidden', api_visibility='private')

@@ -14,6 +14,7 @@ from vishub.tasks.video_prediction.pipeline import VideoPredictionResult, encode
 from .examples import FOLDER
 from .messages import error_sentence, facts_html, failure, notice
 from .models import TrainedModel, choose, trained_models
+from .parts import example_gallery, model_choice, plot_picture, run_and_stop
 from .pipelines import PIPELINES
 from .upload import file_input, uploaded
 from .work import RunningWork, Stopped, Work
@@ -143,38 +144,23 @@ def build(tab: gr.Tab) -> None:
     if not models:
         gr.HTML(notice(NO_MODELS))
         return
-    by_name = {model.name: model for model in models}
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             clip = file_input('Clip', height=140, elem_id='vh-predict-clip')
             status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-predict-status')
             gallery: List[Tuple[str, str]] = [(str(path), f'Digits {n}') for n, path in enumerate(CLIPS, 1)]
-            examples = gr.Gallery(
-                gallery, label='Or take an example', columns=3, height='auto', allow_preview=False,
-                object_fit='cover', buttons=[], interactive=False, elem_id='vh-predict-examples',
-                elem_classes='vh-thumbnails',
-            )
-            model = gr.Dropdown(
-                [row.name for row in models], value=models[0].name, label='Model', elem_id='vh-predict-model')
-            about = gr.HTML(_about(models[0]))
+            examples = example_gallery(gallery, 'vh-predict-examples')
+            model = model_choice(models, _about, 'vh-predict-model')
             horizon = gr.Slider(1, MOST_FRAMES, value=16, step=1, label='Frames ahead', elem_id='vh-predict-horizon')
             with gr.Accordion('Options', open=False):
                 start = gr.Number(0, precision=0, minimum=0, label='First given frame')
                 stride = gr.Slider(1, 10, value=1, step=1, label='Take every … frame')
-            with gr.Row():
-                run = gr.Button('Predict', variant='primary', min_width=120, elem_id='vh-predict-run')
-                stop = gr.Button('Stop', min_width=80, scale=0, interactive=False, elem_id='vh-predict-stop')
+            run, stop = run_and_stop('Predict', 'vh-predict')
         with gr.Column(min_width=300):
             animation = gr.HTML(elem_id='vh-predict-animation')
             facts = gr.HTML(elem_id='vh-predict-facts')
-            errors = gr.Image(
-                label='Error over the horizon', show_label=False, interactive=False, format='png',
-                buttons=['download', 'fullscreen'], visible=False, elem_id='vh-predict-errors',
-            )
-            frames = gr.Image(
-                label='All frames', show_label=False, interactive=False, format='png',
-                buttons=['download', 'fullscreen'], visible=False, elem_id='vh-predict-frames',
-            )
+            errors = plot_picture('Error over the horizon', 'vh-predict-errors')
+            frames = plot_picture('All frames', 'vh-predict-frames')
             files = gr.File(label='Download', visible=False, interactive=False, elem_id='vh-predict-files')
 
     # Raw values (preprocess=False): see upload.py. `always_last`: of several quick changes only the last one counts.
@@ -188,8 +174,4 @@ def build(tab: gr.Tab) -> None:
     def take_example(event: gr.SelectData) -> str:
         return str(CLIPS[event.index])
 
-    def change_model(name: str) -> str:
-        return _about(by_name[name])
-
     examples.select(take_example, None, clip, show_progress='hidden', api_visibility='private')
-    model.change(change_model, model, about, show_progress='hidden', api_visibility='private')

@@ -20,6 +20,7 @@ from vishub.training.logs import duration
 from .examples import FOLDER
 from .messages import error_sentence, facts_html, failure, notice
 from .models import TrainedModel, choose, trained_models
+from .parts import example_gallery, model_choice, run_and_stop
 from .pipelines import PIPELINES
 from .upload import file_input, uploaded
 from .work import RunningWork, Stopped, Work
@@ -244,23 +245,15 @@ def build(tab: gr.Tab) -> None:
             slide = file_input('Slide', height=140, elem_id='vh-slides-file')
             status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-slides-status')
             gallery: List[Tuple[str, str]] = [(str(path.with_suffix('.jpg')), path.stem) for path in SLIDES]
-            examples = gr.Gallery(
-                gallery, label='Or take an example', columns=3, height='auto', allow_preview=False,
-                object_fit='cover', buttons=[], interactive=False, elem_id='vh-slides-examples',
-                elem_classes='vh-thumbnails',
-            )
-            model = gr.Dropdown(
-                [row.name for row in models], value=models[0].name, label='Model', elem_id='vh-slides-model')
-            about = gr.HTML(_about(models[0]))
+            examples = example_gallery(gallery, 'vh-slides-examples')
+            model = model_choice(models, _about, 'vh-slides-model')
             task = gr.Dropdown(
                 [UNKNOWN, *tasks_of(models[0])], value=UNKNOWN, label='Task (tumour type), if it is known',
                 elem_id='vh-slides-task')
             with gr.Accordion('Options', open=False):
                 mpp = gr.Number(0, minimum=0, label='Micrometres a pixel; 0 for what the file says')
                 most = gr.Slider(1, 400, value=200, step=1, label='Regions at most')
-            with gr.Row():
-                run = gr.Button('Analyse', variant='primary', min_width=120, elem_id='vh-slides-run')
-                stop = gr.Button('Stop', min_width=80, scale=0, interactive=False, elem_id='vh-slides-stop')
+            run, stop = run_and_stop('Analyse', 'vh-slides')
         with gr.Column(min_width=300, scale=2):
             viewer = gr.HTML(elem_id='vh-slides-viewer')
             bars = gr.HTML(elem_id='vh-slides-bars')
@@ -283,11 +276,11 @@ def build(tab: gr.Tab) -> None:
     def take_example(event: gr.SelectData) -> str:
         return str(SLIDES[event.index])
 
-    def change_model(name: str) -> Tuple[str, Any]:
-        return _about(by_name[name]), gr.Dropdown([UNKNOWN, *tasks_of(by_name[name])], value=UNKNOWN)
+    def change_tasks(name: str) -> Any:
+        return gr.Dropdown([UNKNOWN, *tasks_of(by_name[name])], value=UNKNOWN)
 
     examples.select(take_example, None, slide, show_progress='hidden', api_visibility='private')
-    model.change(change_model, model, [about, task], show_progress='hidden', api_visibility='private')
+    model.change(change_tasks, model, task, show_progress='hidden', api_visibility='private')
 
 
 def tasks_of(model: TrainedModel) -> List[str]:

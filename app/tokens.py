@@ -26,6 +26,7 @@ from vishub.tokens.tracing import Trace
 from .classify import examples_for
 from .messages import error_sentence, failure, notice
 from .models import TrainedModel, choose, trained_models
+from .parts import example_gallery, model_choice, run_and_stop
 from .pipelines import PIPELINES
 from .upload import picture_input, uploaded
 from .work import RunningWork, Stopped, Work
@@ -395,21 +396,13 @@ def build(tab: gr.Tab) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             picture = picture_input('Picture', height=240, elem_id='vh-tokens-picture')
-            examples = gr.Gallery(
-                _gallery(models[0]), label='Or take an example', columns=3, height='auto', allow_preview=False,
-                object_fit='cover', buttons=[], interactive=False, elem_id='vh-tokens-examples',
-                elem_classes='vh-thumbnails',
-            )
-            model = gr.Dropdown(
-                list(by_name), value=models[0].name, label='Model', elem_id='vh-tokens-model')
-            about = gr.HTML(_about(models[0]))
+            examples = example_gallery(_gallery(models[0]), 'vh-tokens-examples')
+            model = model_choice(models, _about, 'vh-tokens-model')
             method = gr.Dropdown(methods, value=methods[0][1], label='Method', elem_id='vh-tokens-method')
             explanation = gr.HTML(_explanation(methods[0][1]))
             budget = gr.Slider(
                 0.3, 1.0, value=0.65, step=0.05, label='Budget: share of the MACs', elem_id='vh-tokens-budget')
-            with gr.Row():
-                run = gr.Button('Compare', variant='primary', min_width=120, elem_id='vh-tokens-run')
-                stop = gr.Button('Stop', min_width=80, scale=0, interactive=False, elem_id='vh-tokens-stop')
+            run, stop = run_and_stop('Compare', 'vh-tokens')
             # Below the controls, where a phone shows it beside the result.
             status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-tokens-status')
         with gr.Column(min_width=300):
@@ -428,11 +421,11 @@ def build(tab: gr.Tab) -> None:
     def take_example(name: str, event: gr.SelectData) -> str:
         return str(examples_for(by_name[name])[event.index].path)
 
-    def change_model(name: str) -> Tuple[str, List[Tuple[str, str]]]:
-        return _about(by_name[name]), _gallery(by_name[name])
+    def change_examples(name: str) -> List[Tuple[str, str]]:
+        return _gallery(by_name[name])
 
     examples.select(take_example, model, picture, show_progress='hidden', api_visibility='private')
-    model.change(change_model, model, [about, examples], show_progress='hidden', api_visibility='private')
+    model.change(change_examples, model, examples, show_progress='hidden', api_visibility='private')
     method.change(_explanation, method, explanation, show_progress='hidden', api_visibility='private')
 
 

@@ -17,6 +17,7 @@ from vishub.tasks.tracking.pipeline import TrackingResult
 from .examples import FOLDER
 from .messages import error_sentence, facts_html, failure, notice
 from .models import TrainedModel, choose, trained_models
+from .parts import QUIET, example_gallery, model_choice, plot_picture, run_and_stop
 from .pipelines import PIPELINES
 from .upload import file_input, uploaded
 from .work import RunningWork, Stopped, Work
@@ -213,7 +214,6 @@ def build(tab: gr.Tab) -> None:
     if not models:
         gr.HTML(notice(NO_MODELS))
         return
-    by_name = {model.name: model for model in models}
     shown, corners = gr.State(None), gr.State([])
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
@@ -225,19 +225,11 @@ def build(tab: gr.Tab) -> None:
             box = gr.Textbox(
                 label='Target: x, y, width, height in pixels', placeholder='310, 140, 42, 30', max_lines=1,
                 elem_id='vh-track-box')
-            with gr.Row():
-                run = gr.Button('Track', variant='primary', min_width=120, elem_id='vh-track-run')
-                stop = gr.Button('Stop', min_width=80, scale=0, interactive=False, elem_id='vh-track-stop')
+            run, stop = run_and_stop('Track', 'vh-track')
             gallery: List[Tuple[str, str]] = [
                 (str(one.path.with_suffix('.png')), f'Scene {number}') for number, one in enumerate(CLIPS, 1)]
-            examples = gr.Gallery(
-                gallery, label='Or take an example', columns=3, height='auto', allow_preview=False,
-                object_fit='cover', buttons=[], interactive=False, elem_id='vh-track-examples',
-                elem_classes='vh-thumbnails',
-            )
-            model = gr.Dropdown(
-                [row.name for row in models], value=models[0].name, label='Model', elem_id='vh-track-model')
-            about = gr.HTML(_about(models[0]))
+            examples = example_gallery(gallery, 'vh-track-examples')
+            model = model_choice(models, _about, 'vh-track-model')
             update = gr.Radio(
                 [(_TITLES[name], name) for name in UPDATES], value=UPDATES[0], label='Templates',
                 elem_id='vh-track-update')
@@ -247,37 +239,28 @@ def build(tab: gr.Tab) -> None:
             video = gr.Video(
                 label='Tracked', interactive=False, autoplay=True, loop=True, visible=False, elem_id='vh-track-video')
             facts = gr.HTML(elem_id='vh-track-facts')
-            scores = gr.Image(
-                label='Scores over time', show_label=False, interactive=False, format='png',
-                buttons=['download', 'fullscreen'], visible=False, elem_id='vh-track-scores',
-            )
+            scores = plot_picture('Scores over time', 'vh-track-scores')
             templates = gr.Gallery(
                 label='Templates that joined the collection', columns=4, height='auto', allow_preview=False,
                 object_fit='contain', buttons=[], interactive=False, visible=False, elem_id='vh-track-templates',
             )
             files = gr.File(label='Download', visible=False, interactive=False, elem_id='vh-track-files')
 
-    quiet: Dict[str, Any] = {'show_progress': 'hidden', 'api_visibility': 'private'}
-
     def clicked(event: gr.SelectData, shown: Any, corners: Any) -> Any:
         return click(shown, corners, (int(event.index[0]), int(event.index[1])))
 
     # Raw values (preprocess=False): see upload.py.
-    clip.change(first_frame, clip, [shown, corners, box, status], preprocess=False, **quiet).then(
-        drawn, [shown, corners, box], first, **quiet)
-    first.select(clicked, [shown, corners], [corners, box], **quiet).then(
-        drawn, [shown, corners, box], first, **quiet)
-    box.submit(drawn, [shown, corners, box], first, **quiet)
+    clip.change(first_frame, clip, [shown, corners, box, status], preprocess=False, **QUIET).then(
+        drawn, [shown, corners, box], first, **QUIET)
+    first.select(clicked, [shown, corners], [corners, box], **QUIET).then(
+        drawn, [shown, corners, box], first, **QUIET)
+    box.submit(drawn, [shown, corners, box], first, **QUIET)
     run.click(
         track, [clip, box, model, update, min_size], [video, scores, templates, facts, files, status, stop],
-        preprocess=False, trigger_mode='once', **quiet)
-    stop.click(_RUNNING.stop, queue=False, **quiet)
+        preprocess=False, trigger_mode='once', **QUIET)
+    stop.click(_RUNNING.stop, queue=False, **QUIET)
 
     def take_example(event: gr.SelectData) -> str:
         return str(CLIPS[event.index].path)
 
-    def change_model(name: str) -> str:
-        return _about(by_name[name])
-
-    examples.select(take_example, None, clip, **quiet)
-    model.change(change_model, model, about, **quiet)
+    examples.select(take_example, None, clip, **QUIET)

@@ -12,6 +12,7 @@ from vishub.tasks.video_segmentation.result import NOTICE, VideoSegmentationResu
 from .examples import FOLDER
 from .messages import error_sentence, facts_html, failure, notice
 from .models import TrainedModel, choose, trained_models
+from .parts import example_gallery, model_choice, plot_picture, run_and_stop
 from .pipelines import PIPELINES
 from .upload import file_input, uploaded
 from .work import RunningWork, Stopped, Work
@@ -123,40 +124,25 @@ def build(tab: gr.Tab) -> None:
     if not models:
         gr.HTML(notice(NO_MODELS))
         return
-    by_name = {model.name: model for model in models}
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             clip = file_input('Clip', height=140, elem_id='vh-ultrasound-clip')
             status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-ultrasound-status')
             gallery: List[Tuple[str, str]] = [
                 (str(path), title) for path, title in zip(CLIPS, ('Linear 1', 'Linear 2', 'Sector'))]
-            examples = gr.Gallery(
-                gallery, label='Or take an example', columns=3, height='auto', allow_preview=False,
-                object_fit='cover', buttons=[], interactive=False, elem_id='vh-ultrasound-examples',
-                elem_classes='vh-thumbnails',
-            )
-            model = gr.Dropdown(
-                [row.name for row in models], value=models[0].name, label='Model', elem_id='vh-ultrasound-model')
-            about = gr.HTML(_about(models[0]))
+            examples = example_gallery(gallery, 'vh-ultrasound-examples')
+            model = model_choice(models, _about, 'vh-ultrasound-model')
             with gr.Accordion('Options', open=False):
                 start = gr.Number(0, precision=0, minimum=0, label='First frame')
                 stride = gr.Slider(1, 10, value=1, step=1, label='Take every … frame')
-            with gr.Row():
-                run = gr.Button('Segment', variant='primary', min_width=120, elem_id='vh-ultrasound-run')
-                stop = gr.Button('Stop', min_width=80, scale=0, interactive=False, elem_id='vh-ultrasound-stop')
+            run, stop = run_and_stop('Segment', 'vh-ultrasound')
         with gr.Column(min_width=300):
             shown = gr.Video(
                 label='Marked clip', interactive=False, autoplay=True, loop=True, visible=False,
                 elem_id='vh-ultrasound-overlay')
             facts = gr.HTML(elem_id='vh-ultrasound-facts')
-            area = gr.Image(
-                label='Area over time', show_label=False, interactive=False, format='png',
-                buttons=['download', 'fullscreen'], visible=False, elem_id='vh-ultrasound-area',
-            )
-            frames = gr.Image(
-                label='Some frames', show_label=False, interactive=False, format='png',
-                buttons=['download', 'fullscreen'], visible=False, elem_id='vh-ultrasound-frames',
-            )
+            area = plot_picture('Area over time', 'vh-ultrasound-area')
+            frames = plot_picture('Some frames', 'vh-ultrasound-frames')
             files = gr.File(label='Download', visible=False, interactive=False, elem_id='vh-ultrasound-files')
 
     # Raw values (preprocess=False): see upload.py. `always_last`: of several quick changes only the last one counts.
@@ -170,8 +156,4 @@ def build(tab: gr.Tab) -> None:
     def take_example(event: gr.SelectData) -> str:
         return str(CLIPS[event.index])
 
-    def change_model(name: str) -> str:
-        return _about(by_name[name])
-
     examples.select(take_example, None, clip, show_progress='hidden', api_visibility='private')
-    model.change(change_model, model, about, show_progress='hidden', api_visibility='private')

@@ -17,6 +17,7 @@ from vishub.tasks.volume_segmentation.pipeline import VolumeSegmentationResult
 from .examples import FOLDER
 from .messages import error_sentence, facts_html, failure, notice
 from .models import TrainedModel, choose, trained_models
+from .parts import model_choice, run_and_stop
 from .pipelines import PIPELINES
 from .upload import file_input, uploaded
 from .work import RunningWork, Stopped, Work
@@ -181,22 +182,17 @@ def build(tab: gr.Tab) -> None:
     if not models:
         gr.HTML(notice(NO_MODELS))
         return
-    by_name = {model.name: model for model in models}
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300, scale=2):
             gr.HTML(f'<div class="vh-status"><b>{RESEARCH_ONLY}</b></div>')
             scan = file_input('Scan', height=140, elem_id='vh-volume-scan')
             status = gr.HTML(notice(_NOTHING_YET), elem_id='vh-volume-status')
             example = gr.Button('Take the example (made, of nobody)', size='sm', elem_id='vh-volume-example')
-            model = gr.Dropdown(
-                [row.name for row in models], value=models[0].name, label='Model', elem_id='vh-volume-model')
-            about = gr.HTML(_about(models[0]))
+            model = model_choice(models, _about, 'vh-volume-model')
             with gr.Accordion('Options', open=False):
                 channel = gr.Number(None, precision=0, minimum=0, label='Of a 4-D file: which volume, from 0')
                 mirror = gr.Checkbox(False, label='Average over mirrored copies (eight times as long)')
-            with gr.Row():
-                run = gr.Button('Segment', variant='primary', min_width=120, elem_id='vh-volume-run')
-                stop = gr.Button('Stop', min_width=80, scale=0, interactive=False, elem_id='vh-volume-stop')
+            run, stop = run_and_stop('Segment', 'vh-volume')
         with gr.Column(min_width=300, scale=3):
             planes = gr.HTML(elem_id='vh-volume-planes')
             volumes = gr.HTML(elem_id='vh-volume-volumes')
@@ -214,8 +210,4 @@ def build(tab: gr.Tab) -> None:
     )
     stop.click(_RUNNING.stop, queue=False, show_progress='hidden', api_visibility='private')
 
-    def change_model(name: str) -> str:
-        return _about(by_name[name])
-
     example.click(lambda: str(EXAMPLE), None, scan, show_progress='hidden', api_visibility='private')
-    model.change(change_model, model, about, show_progress='hidden', api_visibility='private')

@@ -1,15 +1,57 @@
-"""What every task does with the figures that its `evaluate` found: a file, and the card of the weights."""
+"""What the `evaluate` of every task shares: opening models by name, and a place for figures: a file, and the card."""
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
+
+from torch import nn
 
 from vishub.errors import InputError
 from vishub.files import atomic_path
 from vishub.hub import annotate, verify
-from vishub.hub.find import WEIGHTS_FILE
+from vishub.hub.find import WEIGHTS_FILE, weights_folder
+from vishub.tasks.base import Pipeline
 
-__all__ = ['card_for', 'into_card', 'recorded', 'write_report']
+__all__ = ['budget', 'card_for', 'into_card', 'open_models', 'recorded', 'write_report']
+
+AnyPipeline = TypeVar('AnyPipeline', bound=Pipeline)
+
+
+def open_models(
+        pipeline: Type[AnyPipeline],
+        models: Sequence[Union[str, nn.Module]],
+        device: Optional[str] = None,
+) -> Tuple[Dict[str, AnyPipeline], Dict[str, Dict[str, Any]]]:
+    """Open the models of a comparison.
+
+    Args:
+        pipeline: Class of the task's pipeline.
+        models: Names that it takes, folders of weights, or modules.
+        device: As of the pipeline.
+
+    Returns:
+        The pipelines by the names that tables give them (a folder has its own name), in the order of `models`, and
+        what is recorded of each, see `recorded`.
+
+    Raises:
+        InputError: If two have one name; or as the pipeline says.
+    """
+    pipes: Dict[str, AnyPipeline] = {}
+    known: Dict[str, Dict[str, Any]] = {}
+    for model in models:
+        folder = weights_folder(model) if isinstance(model, str) else None
+        pipe = pipeline(f'local-dir:{folder}' if folder else model, device)
+        name = folder.resolve().name if folder else pipe.name
+        if name in pipes:
+            raise InputError(f"two models are called '{name}': rename the folder of one")
+        pipes[name], known[name] = pipe, recorded(folder)
+    return pipes, known
+
+
+def budget(known: Mapping[str, Any]) -> Dict[str, Any]:
+    """Time and epochs of a training, as far as they are recorded."""
+    training = known.get('training', {})
+    return {key: training[key] for key in ('wall_s', 'epochs') if key in training}
 
 
 def recorded(folder: Union[str, os.PathLike, None]) -> Dict[str, Any]:

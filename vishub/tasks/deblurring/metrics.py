@@ -22,7 +22,7 @@ from vishub.tasks.base import Progress
 from vishub.tasks.deblurring.data import DeblurData, Sample, load_data
 from vishub.tasks.deblurring.pipeline import DeblurringPipeline
 from vishub.tasks.deblurring.shake import from_linear, to_linear
-from vishub.tasks.evaluation import into_card, write_report
+from vishub.tasks.evaluation import into_card, open_models, write_report
 
 __all__ = [
     'card_entry', 'evaluate', 'figures', 'peers_of', 'save_evaluation', 'save_sheet', 'update_card',
@@ -163,14 +163,7 @@ def evaluate(
     if split is None:
         raise InputError(f'{data.name} has neither a test nor a validation split')
     split = split if limit is None else split.take(limit)
-    pipes = {}
-    for model in models:
-        folder = weights_folder(model)
-        pipe = DeblurringPipeline(f'local-dir:{folder}' if folder else model, device)
-        name = folder.resolve().name if folder else model.removeprefix('vishub/')
-        if name in pipes:
-            raise InputError(f"two models are called '{name}': rename the folder of one")
-        pipes[name] = pipe
+    pipes, _ = open_models(DeblurringPipeline, models, device)
     classical = peers_of(data)
     total, done = len(split) * (len(pipes) + sum(len(settings) for _, settings in classical.values())), 0
 

@@ -17,13 +17,12 @@ from PIL import Image, ImageDraw
 from vishub import catalog
 from vishub.errors import InputError, import_extra
 from vishub.files import atomic_path
-from vishub.hub.find import weights_folder
 from vishub.tasks import drawing
 from vishub.tasks.base import Progress
 from vishub.tasks.classification.data import ImageData, ImageSet, load_data
 from vishub.tasks.classification.metrics import class_order, model_input, new_figure, wilson_interval
 from vishub.tasks.classification.pipeline import ClassificationPipeline
-from vishub.tasks.evaluation import card_for, into_card, recorded, write_report
+from vishub.tasks.evaluation import card_for, into_card, open_models, write_report
 from vishub.tasks.generation.pipeline import GenerationPipeline, picture_grid
 
 __all__ = [
@@ -238,14 +237,7 @@ def evaluate(
     Raises:
         InputError: If the data have no test split, or models and data do not fit.
     """
-    pipes: Dict[str, GenerationPipeline] = {}
-    for model in models:
-        folder = weights_folder(model)
-        pipe = GenerationPipeline(f'local-dir:{folder}' if folder else model, device)
-        name = folder.resolve().name if folder else pipe.name
-        if name in pipes:
-            raise InputError(f"two models are called '{name}'")
-        pipes[name] = pipe
+    pipes, known = open_models(GenerationPipeline, models, device)
     own, *others = pipes
     first = pipes[own]
     if not isinstance(data, ImageData):
@@ -292,7 +284,7 @@ def evaluate(
             figures['fid'] = round(inception_distance(inception, pictures, tests, pipe.device), 3)
         classes = {
             label: round(100 * float(right[labels == index].mean()), 2) for index, label in enumerate(data.classes)}
-        training_facts = recorded(weights_folder(models[number])).get('training', {})
+        training_facts = known[name].get('training', {})
         measured.append({
             'name': name, 'num_params': pipe.num_params, 'metrics': figures, 'classes': classes,
             **{key: training_facts[key] for key in ('wall_s', 'epochs', 'steps') if key in training_facts}})

@@ -3,7 +3,6 @@
 What is measured of the sequence itself (transfer, forgetting) is in `continual.py`; it comes from training, for it
 needs the network as it was after each task.
 """
-import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -12,9 +11,8 @@ from torch import nn
 
 from vishub.errors import InputError
 from vishub.files import atomic_path
-from vishub.hub import annotate
-from vishub.hub.find import WEIGHTS_FILE, verify, weights_folder
 from vishub.tasks.base import Progress
+from vishub.tasks.evaluation import into_card, open_models, write_report
 from vishub.tasks.slide_analysis.continual import (
     area_under_curve,
     backward_transfer,
@@ -139,15 +137,7 @@ def evaluate(
     Raises:
         InputError: If a task is missing, or two models are the same or know other tasks.
     """
-    pipes: Dict[str, SlideAnalysisPipeline] = {}
-    recorded: Dict[str, Dict[str, Any]] = {}
-    for model in models:
-        folder = weights_folder(model) if isinstance(model, str) else None
-        pipe = SlideAnalysisPipeline(f'local-dir:{folder}' if folder else model, device)
-        name = folder.resolve().name if folder else pipe.name
-        if name in pipes:
-            raise InputError(f"two models are called '{name}'")
-        pipes[name], recorded[name] = pipe, _recorded(folder)
+    pipes, records = open_models(SlideAnalysisPipeline, models, device)
     own = next(iter(pipes))
     setting = pipes[own].setting
     for name, pipe in pipes.items():
@@ -155,7 +145,7 @@ def evaluate(
             raise InputError(f"'{name}' knows other tasks, or uses another encoder or tiling, than '{own}'")
     if isinstance(data, (str, Path)):
         title = f'slides in {Path(data).name}'
-        known = recorded[own].get('data')
+        known = records[own].get('data')
         tasks = limited(find_tasks(data, list(setting.tasks), seed=seed), limit)
         encoder = pipes[own]._encoder(None, None, False) if setting.encoder else None
         encoded, _ = encode_tasks(
@@ -163,7 +153,7 @@ def evaluate(
             progress=progress)
         title = known or title
     else:
-        encoded, title = list(data), recorded[own].get('data') or 'slides'
+        encoded, title = list(data), records[own].get('data') or 'slides'
     for task in encoded:
         if task.classes != setting.tasks.get(task.name):
             raise InputError(
@@ -171,8 +161,8 @@ def evaluate(
                 f'{", ".join(setting.tasks.get(task.name, ())) or "no such task"}')
     rows = []
     for name, pipe in pipes.items():
-        figures = _measure(pipe, encoded, recorded[name])
-        training = recorded[name].get('training', {})
+        figures = _measure(pipe, encoded, records[name])
+        training = records[name].get('training', {})
         rows.append({
             'name': name, 'num_params': pipe.num_params, **figures,
             **{key: training[key] for key in ('wall_s', 'epochs') if key in training}})
@@ -225,9 +215,7 @@ def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List
     Returns:
         The files.
     """
-    files = [Path(folder) / 'evaluation.json', Path(folder) / _PLOT]
-    with atomic_path(files[0]) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    files = [write_report(report, folder), Path(folder) / _PLOT]
     plot_tasks(report, files[1])
     return files
 
@@ -239,14 +227,8 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> None:
         InputError: If the figures are not of the data that the weights were trained on.
         WeightsNotFoundError: If the weights are not those that metrics.json speaks of.
     """
-    recorded = _recorded(folder)
-    if 'sha256' not in recorded:
-        raise InputError(f"'{folder}' has no metrics.json with the checksum of its weights: save it with save_folder")
-    verify(Path(folder) / WEIGHTS_FILE, recorded['sha256'])
-    if recorded.get('data', report['data']) != report['data']:
-        raise InputError(f"'{folder}' was trained on {recorded['data']}; figures on {report['data']} belong elsewhere")
+    into_card(folder, report)
     plot_tasks(report, Path(folder) / _PLOT)
-    annotate(folder, **{key: report[key] for key in ('data', 'split', 'num_test', 'metrics', 'report', 'peers')})
 
 
 def plot_tasks(report: Mapping[str, Any], path: Union[str, Path]) -> None:
@@ -286,9 +268,3 @@ def plot_tasks(report: Mapping[str, Any], path: Union[str, Path]) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
-
-def _recorded(folder: Optional[Path]) -> Dict[str, Any]:
-    """A folder's metrics.json, empty if there is none."""
-    if folder is None or not (Path(folder) / 'metrics.json').is_file():
-        return {}
-    return json.loads((Path(folder) / 'metrics.json').read_text(encoding='utf-8'))

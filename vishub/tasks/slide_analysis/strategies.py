@@ -3,6 +3,7 @@
 Each adds a term to the loss of every step, and does something when a task ends. All train under the same loop, with
 the same budget of regions where they keep any.
 """
+import abc
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,8 @@ class Strategy:
         """Take from a finished task what later ones need, and store it. Doing it again changes nothing."""
 
 
-class _Rehearsal(Strategy):
-    """What keeps a buffer."""
+class _Rehearsal(Strategy, abc.ABC):
+    """What keeps a buffer; which part of a slide goes into it is each method's own."""
 
     def load(self, num_classes: int) -> None:
         self.path = self.folder / 'buffer.safetensors'
@@ -95,8 +96,9 @@ class _Rehearsal(Strategy):
         self.buffer.done.append(name)
         self.buffer.save(self.path)
 
+    @abc.abstractmethod
     def keep(self, model: Any, features: SlideFeatures, label: int, task: int, rng: torch.Generator) -> None:
-        raise NotImplementedError
+        """Offer what belongs into the buffer of one slide."""
 
     def slide_logits(self, model: Any, patch: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
         """(1, K); the patch branch runs without gradient, for it gets none from a class."""

@@ -8,10 +8,9 @@ from torch import nn
 
 from vishub.errors import InputError
 from vishub.files import atomic_path
-from vishub.hub.find import weights_folder
 from vishub.tasks.base import Progress, choose_device
 from vishub.tasks.classification.training import describe_hardware
-from vishub.tasks.evaluation import into_card, write_report
+from vishub.tasks.evaluation import into_card, open_models, write_report
 from vishub.tasks.tracking import ope
 from vishub.tasks.tracking.data import TrackingData, load_data
 from vishub.tasks.tracking.peers import peers
@@ -139,12 +138,7 @@ def evaluate(
         videos = [videos[place] for place in np.linspace(0, len(videos) - 1, limit).round().astype(int)]
     trackers: Dict[str, Tuple[Callable[[], AnyTracker], int]] = {}
     own = ''
-    for model in models:
-        folder = weights_folder(model) if isinstance(model, str) else None
-        pipe = TrackingPipeline(f'local-dir:{folder}' if folder else model, device)
-        name = folder.resolve().name if folder else pipe.name
-        if name in trackers:
-            raise InputError(f"two models are called '{name}'")
+    for name, pipe in open_models(TrackingPipeline, models, device)[0].items():
         trackers[name] = pipe.tracker, pipe.num_params
         if not own:
             own = name

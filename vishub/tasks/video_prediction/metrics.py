@@ -18,9 +18,8 @@ from torch import nn
 
 from vishub.errors import InputError
 from vishub.files import atomic_path
-from vishub.hub.find import weights_folder
 from vishub.tasks.base import Progress
-from vishub.tasks.evaluation import into_card, recorded, write_report
+from vishub.tasks.evaluation import budget, into_card, open_models, write_report
 from vishub.tasks.video_prediction.data import ClipSet, VideoData, load_data, stack
 from vishub.tasks.video_prediction.pipeline import VideoPredictionPipeline
 
@@ -291,17 +290,7 @@ def evaluate(
     Raises:
         InputError: If the data have no test split, or two models are the same or take other clips.
     """
-    pipes: Dict[str, VideoPredictionPipeline] = {}
-    budgets: Dict[str, Dict[str, Any]] = {}
-    for model in models:
-        folder = weights_folder(model) if isinstance(model, str) else None
-        pipe = VideoPredictionPipeline(f'local-dir:{folder}' if folder else model, device)
-        name = folder.resolve().name if folder else pipe.name
-        if name in pipes:
-            raise InputError(f"two models are called '{name}'")
-        pipes[name] = pipe
-        training = recorded(folder).get('training', {})
-        budgets[name] = {key: training[key] for key in ('wall_s', 'epochs') if key in training}
+    pipes, known = open_models(VideoPredictionPipeline, models, device)
     own, *others = pipes
     first = pipes[own]
     if not isinstance(data, VideoData):
@@ -333,7 +322,7 @@ def evaluate(
             predictor, data.test, data, first.num_frames, limit=limit, batch_size=batch_size, advance=advance)
         rows.append({
             'name': name, 'num_params': pipes[name].num_params if name in pipes else 0, **figures,
-            **budgets.get(name, {} if name in pipes else {'epochs': 0})})
+            **(budget(known[name]) if name in pipes else {'epochs': 0})})
     return {
         'model': own, 'num_params': first.num_params, 'data': data.name,
         'split': f'test split, {data.split}' if data.split else 'test split',

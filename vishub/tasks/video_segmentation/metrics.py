@@ -3,7 +3,6 @@
 Dice, IoU, sensitivity, specificity and accuracy are of the mask (logit above 0), and 1 where both are empty. MAE and
 S-measure are of the sigmoid, stretched to 0 .. 1 in each frame.
 """
-import json
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -13,9 +12,8 @@ from torch import nn
 
 from vishub.errors import InputError
 from vishub.files import atomic_path
-from vishub.hub import annotate
-from vishub.hub.find import WEIGHTS_FILE, verify, weights_folder
 from vishub.tasks.base import Progress
+from vishub.tasks.evaluation import budget, into_card, open_models, write_report
 from vishub.tasks.images import SUFFIXES
 from vishub.tasks.video_segmentation.data import PHANTOMS, ClipSet, SegmentationData, Video, load_data, read_mask
 from vishub.tasks.video_segmentation.pipeline import VideoSegmentationPipeline
@@ -200,17 +198,7 @@ def evaluate(
     Raises:
         InputError: If the data have no test split, or two models are the same.
     """
-    pipes: Dict[str, VideoSegmentationPipeline] = {}
-    budgets: Dict[str, Dict[str, Any]] = {}
-    for model in models:
-        folder = weights_folder(model) if isinstance(model, str) else None
-        pipe = VideoSegmentationPipeline(f'local-dir:{folder}' if folder else model, device)
-        name = folder.resolve().name if folder else pipe.name
-        if name in pipes:
-            raise InputError(f"two models are called '{name}'")
-        pipes[name] = pipe
-        training = _recorded(folder).get('training', {})
-        budgets[name] = {key: training[key] for key in ('wall_s', 'epochs') if key in training}
+    pipes, known = open_models(VideoSegmentationPipeline, models, device)
     own = next(iter(pipes))
     if not isinstance(data, SegmentationData):
         data = load_data(data, pipes[own].clip_size, side=max(64, pipes[own].size[0]), seed=seed)
@@ -230,7 +218,7 @@ def evaluate(
         for alone in (False, True):
             table.append({
                 'name': f'{name} {ALONE}' if alone else name, 'num_params': pipe.num_params,
-                **_figures(pipe, data.test, limit, alone, batch_size, advance), **budgets[name]})
+                **_figures(pipe, data.test, limit, alone, batch_size, advance), **budget(known[name])})
     first, *others = table
     return {
         'model': own, 'num_params': first['num_params'], 'data': data.name,
@@ -262,9 +250,7 @@ def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List
     Returns:
         The files.
     """
-    files = [Path(folder) / 'evaluation.json', Path(folder) / _GEOMETRY]
-    with atomic_path(files[0]) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    files = [write_report(report, folder), Path(folder) / _GEOMETRY]
     _plot_geometries(report, files[1])
     return files
 
@@ -276,20 +262,8 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> None:
         InputError: If the figures are not of the data that the weights were trained on.
         WeightsNotFoundError: If the weights are not those that metrics.json speaks of.
     """
-    recorded = _recorded(folder)
-    if 'sha256' not in recorded:
-        raise InputError(f"'{folder}' has no metrics.json with the checksum of its weights: save it with save_folder")
-    verify(Path(folder) / WEIGHTS_FILE, recorded['sha256'])
-    if recorded.get('data', report['data']) != report['data']:
-        raise InputError(f"'{folder}' was trained on {recorded['data']}; figures on {report['data']} belong elsewhere")
-    annotate(folder, **{key: report[key] for key in ('data', 'split', 'num_test', 'metrics', 'report', 'peers')})
+    into_card(folder, report)
 
-
-def _recorded(folder: Optional[Path]) -> Dict[str, Any]:
-    """A folder's metrics.json, empty if there is none."""
-    if folder is None or not (Path(folder) / 'metrics.json').is_file():
-        return {}
-    return json.loads((Path(folder) / 'metrics.json').read_text(encoding='utf-8'))
 
 
 def _plot_geometries(report: Mapping[str, Any], path: Path) -> None:

@@ -10,7 +10,6 @@ Classes that are missing, by one rule each:
 A volume's figure is the mean over its foreground classes that are measured, a data set's the mean over its volumes.
 """
 import itertools
-import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -19,10 +18,8 @@ import torch
 from torch import nn
 
 from vishub.errors import InputError, import_extra
-from vishub.files import atomic_path
-from vishub.hub import annotate
-from vishub.hub.find import WEIGHTS_FILE, verify, weights_folder
 from vishub.tasks.base import Progress
+from vishub.tasks.evaluation import budget, into_card, open_models, write_report
 from vishub.tasks.volume_segmentation.data import CaseSet, VolumeData, load_data
 from vishub.tasks.volume_segmentation.pipeline import VolumeSegmentationPipeline
 
@@ -206,17 +203,7 @@ def evaluate(
     Raises:
         InputError: If the data have no test split, or two models are the same or know other classes.
     """
-    pipes: Dict[str, VolumeSegmentationPipeline] = {}
-    budgets: Dict[str, Dict[str, Any]] = {}
-    for model in models:
-        folder = weights_folder(model) if isinstance(model, str) else None
-        pipe = VolumeSegmentationPipeline(f'local-dir:{folder}' if folder else model, device)
-        name = folder.resolve().name if folder else pipe.name
-        if name in pipes:
-            raise InputError(f"two models are called '{name}'")
-        pipes[name] = pipe
-        training = _recorded(folder).get('training', {})
-        budgets[name] = {key: training[key] for key in ('wall_s', 'epochs') if key in training}
+    pipes, known = open_models(VolumeSegmentationPipeline, models, device)
     own, *_ = pipes
     first = pipes[own]
     if not isinstance(data, VolumeData):
@@ -256,7 +243,7 @@ def evaluate(
         figures = measure(segment, cases, data.labels, count, advance)
         rows.append({
             'name': name, 'num_params': pipes[name].num_params if name in pipes else 0, **figures,
-            **budgets.get(name, {} if name in pipes else {'epochs': 0})})
+            **(budget(known[name]) if name in pipes else {'epochs': 0})})
     return {
         'model': own, 'num_params': first.num_params, 'data': data.name,
         'split': f'test split, {data.split}' if data.split else 'test split',
@@ -271,10 +258,7 @@ def save_evaluation(report: Mapping[str, Any], folder: Union[str, Path]) -> List
     Returns:
         The files.
     """
-    file = Path(folder) / 'evaluation.json'
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-    return [file]
+    return [write_report(report, folder)]
 
 
 def update_card(folder: Path, report: Mapping[str, Any]) -> None:
@@ -284,13 +268,7 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> None:
         InputError: If the figures are not of the data that the weights were trained on.
         WeightsNotFoundError: If the weights are not those that metrics.json speaks of.
     """
-    recorded = _recorded(folder)
-    if 'sha256' not in recorded:
-        raise InputError(f"'{folder}' has no metrics.json with the checksum of its weights: save it with save_folder")
-    verify(Path(folder) / WEIGHTS_FILE, recorded['sha256'])
-    if recorded.get('data', report['data']) != report['data']:
-        raise InputError(f"'{folder}' was trained on {recorded['data']}; figures on {report['data']} belong elsewhere")
-    annotate(folder, **{key: report[key] for key in ('data', 'split', 'num_test', 'metrics', 'report', 'peers')})
+    into_card(folder, report)
 
 
 def draw_pictures(folder: Path, data: VolumeData) -> List[Tuple[str, str]]:
@@ -306,9 +284,3 @@ def draw_pictures(folder: Path, data: VolumeData) -> List[Tuple[str, str]]:
     result.save(Path(folder) / 'segmentation.png')
     return [('segmentation.png', 'the first test volume, bare and with its mask')]
 
-
-def _recorded(folder: Optional[Path]) -> Dict[str, Any]:
-    """A folder's metrics.json, empty if there is none."""
-    if folder is None or not (Path(folder) / 'metrics.json').is_file():
-        return {}
-    return json.loads((Path(folder) / 'metrics.json').read_text(encoding='utf-8'))
