@@ -16,6 +16,7 @@ from unittest import mock
 
 import timm
 import torch
+from memory import peak_bytes
 from timing import clock_name, take_turns, timer
 from torch import nn
 
@@ -69,27 +70,6 @@ def sequential(call: Callable[[], object]) -> Callable[[], object]:
         with mock.patch.object(selective_scan, 'chunk_length', lambda length: length):
             return call()
     return run
-
-
-def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """Peak of the memory that tensors take while `call` runs, in bytes, above what they took before."""
-    if device.startswith('cuda'):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    # '[memory]' events are single allocations and releases, in order of time
-    events = sorted(
-        (event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]'),
-        key=lambda event: event.start_ns())
-    now = peak = 0
-    for event in events:
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from typing import Any, Callable, Dict, List
 
 import timm
 import torch
+from memory import peak_bytes
 from timing import clock_name, take_turns, timer
 from torch import nn
 
@@ -39,25 +40,6 @@ class PlainAttention(SoftmaxAttention):
         q, k, v = qkv.unbind(0)
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
         return self.proj((weights @ v).transpose(1, 2).flatten(2))
-
-
-def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """Peak of the memory that `call` allocates, above what there was before it."""
-    if device.startswith('cuda'):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
-    level = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return peak
 
 
 def measure(calls: Dict[str, Callable[[], object]], rounds: int, device: str, threads: int) -> Dict[str, Any]:

@@ -4,23 +4,20 @@
     python benchmarks/medical.py --sides 64 96 --rounds 3
     python benchmarks/medical.py --sides 64 96 128 160 --device cuda --rounds 20
 
-All contenders take turns; a row has the median over the rounds, and ratios paired round by round. Memory is the peak
-of a pass above what is held before it: allocations on CUDA, the process's on the CPU (in a process of its own).
-Weights are random, which costs the same as trained ones.
+All contenders take turns; a row has the median over the rounds, and ratios paired round by round. Memory is what
+tensors take at most in a pass, above what is held before it. Weights are random, which costs the same as trained ones.
 """
 import argparse
 import functools
 import json
 import os
-import resource
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
 import timm
 import torch
+from memory import peak_bytes
 from timing import clock_name, ratios, take_turns, timer
 from unet3d import FEATURES, PlainUNet
 
@@ -57,34 +54,9 @@ def measure_networks(sides: Sequence[int], rounds: int, device: str, threads: in
                 'model': name, 'side': side, 'num_params': sum(p.numel() for p in model.parameters()),
                 'macs': module_macs(model, x), 'seconds': statistics.median(seconds[name]),
                 'to_peer': statistics.median(share), 'to_peer_range': [min(share), max(share)],
-                'peak_bytes': peak_bytes(name, side, device),
+                'peak_bytes': peak_bytes(run(model), device),
             })
     return rows
-
-
-def peak_bytes(name: str, side: int, device: str) -> int:
-    """What one pass needs at most, above what is held before it."""
-    if device.startswith('cuda'):
-        model = build()[name].to(device).eval()
-        x = torch.randn(1, 1, side, side, side, device=device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with torch.inference_mode():
-            model(x)
-        return torch.cuda.max_memory_allocated() - before
-    words = [sys.executable, __file__, '--peak', name, str(side)]
-    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def tell_peak(name: str, side: int) -> None:
-    """Print the growth of this process's peak by one pass, in bytes."""
-    model = build()[name].eval()
-    with torch.inference_mode():
-        model(torch.randn(1, 1, 16, 16, 16))  # what the libraries take for themselves
-        x = torch.randn(1, 1, side, side, side)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        model(x)
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
 def sequential_scan(
@@ -154,12 +126,8 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=1, help='CPU threads')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--output', type=Path, default=RESULTS, metavar='DIR', help='folder of the table')
-    parser.add_argument('--peak', nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.peak:
-        tell_peak(options.peak[0], int(options.peak[1]))
-        return
     before = os.getloadavg()[0]
     networks = measure_networks(options.sides, options.rounds, options.device, options.threads)
     scans = measure_scan(options.lengths, options.rounds, options.device, options.threads)
