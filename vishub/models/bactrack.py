@@ -619,15 +619,17 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return state_dict
 
 
-# An entry that timm's table of configurations does not have.
-_LATE_ENTRIES = ('template_size',)
+# Entries that timm's table of configurations does not have.
+_LATE_ENTRIES = ('template_size', 'tracking')
 
 
 def _create_bactrack(variant: str, pretrained: bool = False, **kwargs: Any) -> BACTrack:
     if kwargs.pop('features_only', False):
         raise RuntimeError(f'{_REFUSAL}; it gives no pyramid of features')
-    if isinstance(kwargs.get('pretrained_cfg'), dict):  # a stored one
-        kwargs['pretrained_cfg'] = {k: v for k, v in kwargs['pretrained_cfg'].items() if k not in _LATE_ENTRIES}
+    stored: Dict[str, Any] = {}
+    if isinstance(kwargs.get('pretrained_cfg'), dict):
+        stored = kwargs['pretrained_cfg']
+        kwargs['pretrained_cfg'] = {k: v for k, v in stored.items() if k not in _LATE_ENTRIES}
     num_classes = kwargs.pop('num_classes', None)
     if num_classes:
         raise ValueError(f'{_REFUSAL}; num_classes must be 0, not {num_classes}')
@@ -639,8 +641,11 @@ def _create_bactrack(variant: str, pretrained: bool = False, **kwargs: Any) -> B
         pretrained_filter_fn=checkpoint_filter_fn,
         **kwargs,
     )
-    cfg = dict(model.pretrained_cfg, template_size=(model.in_chans, *model.template_size))
-    model.pretrained_cfg = model.default_cfg = cfg
+    cfg = dict(model.pretrained_cfg)
+    tagged = f'{variant}.{cfg["tag"]}' if cfg.get('tag') else variant
+    model.pretrained_cfg = model.default_cfg = dict(
+        cfg, template_size=(model.in_chans, *model.template_size),
+        tracking=dict(stored.get('tracking') or _TRACKING.get(tagged, {})))
     return model
 
 
@@ -655,6 +660,9 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
         **kwargs,
     }
 
+
+# Constants that a training run chose for its tracker (see `vishub/tasks/tracking/constants.py`).
+_TRACKING: Dict[str, Dict[str, Any]] = {}
 
 # The authors published neither code nor weights.
 default_cfgs = generate_default_cfgs({

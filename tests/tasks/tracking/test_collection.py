@@ -5,6 +5,7 @@ import torch
 
 from vishub import InputError
 from vishub.tasks.tracking.collection import Collection
+from vishub.tasks.tracking.constants import TrackerConstants
 
 
 class Network:
@@ -30,10 +31,13 @@ def looks(angle):
     return np.array([[[angle, 0, 0]]], np.uint8)
 
 
-def collect(finds, **options):
+def collect(finds, update='collection', **constants):
     """Feed finds {frame: (reliability, angle)}; unlisted frames are unreliable. Gives collection and changed frames."""
     network = Network()
-    collection = Collection(network, lambda pixels: torch.tensor(pixels).permute(2, 0, 1)[None].float(), **options)
+    def prepare(pixels):
+        return torch.tensor(pixels).permute(2, 0, 1)[None].float()
+
+    collection = Collection(network, prepare, update, TrackerConstants(**constants))
     collection.start(looks(0))
     changed = []
     for frame in range(1, max(finds) // 20 * 20 + 21):

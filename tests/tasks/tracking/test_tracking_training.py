@@ -8,6 +8,7 @@ import torch
 
 from vishub import InputError
 from vishub.models.bactrack import TrackerOutput
+from vishub.tasks.tracking.constants import CHOICES
 from vishub.tasks.tracking.data import GeneratedScenes, PairSamples, TrackingData, load_data
 from vishub.tasks.tracking.metrics import evaluate, measure, run_sequence, save_evaluation, save_results, update_card
 from vishub.tasks.tracking.peers import FirstBox, TemplateMatching, peers
@@ -20,7 +21,7 @@ def toy_data():
     noise = NoiseTextures()
     return TrackingData(
         name='toy scenes', tag='toy', train=GeneratedScenes(noise, 8, 60, seed=0, fade=None),
-        val=GeneratedScenes(noise, 4, 60, seed=1, fade=None), radius=8, split='2 scenes of 5 frames',
+        val=GeneratedScenes(noise, 4, 12, seed=1, fade=None), radius=8, split='2 scenes of 5 frames',
         test=[Scene(noise, (7, number), 5, name=f's{number}') for number in (0, 1)])
 
 
@@ -138,6 +139,9 @@ def test_stages_and_their_weights(runs):
     assert names[:3] == ['bactrack_tiny.toy, latest', 'bactrack_tiny.toy, none', 'first box kept']
     card = (second / 'README.md').read_text(encoding='utf-8')
     assert 'BACTrack-style' in card and 'not a reproduction' in card
+    chosen = facts['training']['constants']['chosen']  # on validation scenes, and the weights carry it
+    config = json.loads((second / 'config.json').read_text(encoding='utf-8'))
+    assert config['pretrained_cfg']['tracking'] == chosen and set(chosen) == {name for name, _ in CHOICES}
     assert (second / 'track.png').is_file() and (second / 'curves.png').is_file()
 
 
@@ -159,6 +163,33 @@ def test_number_of_templates_varies_in_training():
     (templates, search), _ = recipe.prepare(batch, 96, False)
     assert templates.shape[1] == 3
     assert search[0, :, 0, 0].tolist() == pytest.approx([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+
+
+def test_sizes_are_calibrated():
+    recipe = TrackingRecipe('bactrack_tiny', toy_data(), num_templates=1)
+    samples = recipe.samples(recipe.data.val, augment=False)
+    true = torch.stack([samples[0, index, 96]['box'] for index in range(4)])
+
+    class Boxes(torch.nn.Module):
+        """Finds every target's centre, and a box twice as wide and half as high as the bias says."""
+
+        def __init__(self):
+            super().__init__()
+            self.reg_head = torch.nn.Sequential(torch.nn.Linear(1, 4))
+            with torch.no_grad():
+                self.reg_head[-1].bias.copy_(torch.logit(true.median(0).values * torch.tensor([1, 1, 1.4, 0.8])))
+
+        def forward(self, templates, search):
+            boxes = self.reg_head[-1].bias.sigmoid().expand(len(search), 1, 4).clone()
+            boxes[:, 0, :2] = true[:len(search), :2]
+            logits = torch.tensor([1., 0.]).expand(len(search), 1, 2)
+            return TrackerOutput(logits, boxes, torch.zeros(len(search)))
+
+    model = Boxes()
+    width, height = recipe.calibrate_sizes(model)
+    assert width > 1 > height
+    again = recipe.calibrate_sizes(model)  # now half are too large and half too small
+    assert again == pytest.approx((1, 1), abs=0.1)
 
 
 @pytest.mark.parametrize('options, sentence', [

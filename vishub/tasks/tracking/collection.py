@@ -1,6 +1,6 @@
 """The appearance collection: which templates of the target a tracker keeps.
 
-The paper's own constants are not public. Where a number is another tracker's, that is said; the others are ours.
+The paper's own constants are not public; those here stand in `constants.py`.
 """
 from typing import Callable, List, NamedTuple, Optional
 
@@ -9,6 +9,7 @@ import torch
 
 from vishub.errors import InputError
 from vishub.models.bactrack import BACTrack, TemplateCache
+from vishub.tasks.tracking.constants import TrackerConstants
 
 __all__ = ['UPDATES', 'Collection', 'Template']
 
@@ -51,17 +52,14 @@ class Collection:
         model: Network.
         prepare: Crops uint8 (h, w, 3) -> what the network takes, (1, 3, h, w).
         update: One of `UPDATES`.
-        max_templates: Templates at most; MixFormer uses three later ones on aerial videos.
-        interval: Frames between updates; MixFormer's for aerial videos.
-        min_reliability: Finds must be above it; that of STARK and MixFormer.
-        max_similarity: From here on two templates look the same.
+        constants: `max_templates`, `interval`, `min_reliability` and `max_similarity` are used; None for the field's.
 
     Attributes:
         templates: The members, the initial one first.
         cache: What the network knows of them.
 
     Raises:
-        InputError: If an option is out of range.
+        InputError: If there is no such update.
     """
 
     def __init__(
@@ -69,18 +67,12 @@ class Collection:
             model: BACTrack,
             prepare: Callable[[np.ndarray], torch.Tensor],
             update: str = 'collection',
-            max_templates: int = 4,
-            interval: int = 20,
-            min_reliability: float = 0.5,
-            max_similarity: float = 0.95,
+            constants: Optional[TrackerConstants] = None,
     ):
         if update not in UPDATES:
             raise InputError(f"template_update is '{update}': it is one of {', '.join(UPDATES)}")
-        if max_templates < 1 or interval < 1:
-            raise InputError(f'max_templates is {max_templates} and interval {interval}: give 1 or more')
         self._model, self._prepare = model, prepare
-        self.update, self.max_templates, self.interval = update, max_templates, interval
-        self.min_reliability, self.max_similarity = min_reliability, max_similarity
+        self.update, self.constants = update, constants or TrackerConstants()
         self.templates: List[Template] = []
         self._best: Optional[_Candidate] = None
         self._cache: Optional[TemplateCache] = None
@@ -106,12 +98,12 @@ class Collection:
         Returns:
             Whether the collection changed.
         """
-        if self.update == 'none' or self.max_templates == 1:
+        if self.update == 'none' or self.constants.max_templates == 1:
             return False
         better = self._best is None or reliability > self._best.reliability or self.update == 'latest'
-        if reliability > self.min_reliability and better:
+        if reliability > self.constants.min_reliability and better:
             self._best = _Candidate(reliability, cut(), frame)
-        if frame % self.interval or self._best is None:
+        if frame % self.constants.interval or self._best is None:
             return False
         candidate, self._best = self._template(self._best), None
         changed = self._replace_latest(candidate) if self.update == 'latest' else self._join(candidate)
@@ -126,12 +118,12 @@ class Collection:
     def _join(self, candidate: Template) -> bool:
         similarity = [float(member.appearance @ candidate.appearance) for member in self.templates]
         nearest = int(np.argmax(similarity))
-        if similarity[nearest] >= self.max_similarity:  # nothing new
+        if similarity[nearest] >= self.constants.max_similarity:  # nothing new
             if nearest == 0 or candidate.reliability <= self.templates[nearest].reliability:
                 return False
             self.templates[nearest] = candidate
         else:
-            if len(self.templates) == self.max_templates:
+            if len(self.templates) == self.constants.max_templates:
                 oldest = min(range(1, len(self.templates)), key=lambda place: self.templates[place].frame)
                 del self.templates[oldest]
             self.templates.append(candidate)

@@ -262,6 +262,5 @@ def plot_curves(report: Mapping[str, Any], path: Union[str, Path]) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize='x-small')
     figure.suptitle(f'{report["data"]}: {report["num_test"]} sequences', fontsize='medium')
-    figure.tight_layout()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)

@@ -245,7 +245,7 @@ class TrackingPipeline(Pipeline):
                 f"'{self.name}' tracks nothing: give a BACTrack, such as {self.default_model.partition('.')[0]}")
 
     def tracker(self, **options: Any) -> Tracker:
-        """A tracker to be fed frame by frame; options as of `Tracker`."""
+        """A tracker to be fed frame by frame; options as of `Tracker` and `TrackerConstants`."""
         return Tracker(self.model, self.device, **options)  # type: ignore[arg-type]
 
     def __call__(
@@ -253,9 +253,9 @@ class TrackingPipeline(Pipeline):
             video: VideoInput,
             box: Optional[Box] = None,
             template_update: str = 'collection',
-            interval: int = 20,
-            max_templates: int = 4,
-            min_size: float = 10.,
+            interval: Optional[int] = None,
+            max_templates: Optional[int] = None,
+            min_size: Optional[float] = None,
             limit: Optional[int] = None,
             progress: Optional[Progress] = None,
     ) -> TrackingResult:
@@ -265,7 +265,8 @@ class TrackingPipeline(Pipeline):
             video: See `open_clip`. A list is one video, frame by frame.
             box: The target in the first frame: x, y, w, h in pixels, top left first.
             template_update: `collection`, `latest` (one later template), or `none` (the first one alone).
-            interval: Frames between updates of the collection.
+            interval: Frames between updates of the collection. None, here and below, is what the weights carry (see
+                `TrackerConstants`).
             max_templates: Templates at most.
             min_size: Least width and height of a box in pixels.
             limit: Stop after so many frames.
@@ -313,7 +314,7 @@ def create_tracker(
     Args:
         model: Name of a model with weights, a module, or None for the task's default; see `Pipeline`.
         device: See `Pipeline`.
-        **options: Of `Tracker`.
+        **options: Of `Tracker` and `TrackerConstants`.
     """
     return TrackingPipeline(model, device).tracker(**options)
 

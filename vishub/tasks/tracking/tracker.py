@@ -8,6 +8,7 @@ from vishub.errors import InputError
 from vishub.models.bactrack import BACTrack
 from vishub.tasks.base import choose_device, pretrained_cfg_of
 from vishub.tasks.tracking.collection import Collection
+from vishub.tasks.tracking.constants import TrackerConstants
 from vishub.tasks.tracking.crops import (
     SEARCH_FACTOR,
     TEMPLATE_FACTOR,
@@ -64,11 +65,8 @@ class Tracker:
     Args:
         model: The network, with its weights.
         device: Where it runs; it is moved there and set to evaluation.
-        template_update: `collection`, `latest` or `none`; this and the next four are explained at `Collection`.
-        max_templates, interval, min_reliability, max_similarity: See `Collection`.
-        window_influence: Share of the Hann window in the score of a place, 0 to 1; TransT's is 0.49.
-        min_size: Least width and height of a box in pixels. TransT's and TCTrack's is 10; many aerial targets are
-            smaller.
+        template_update: `collection`, `latest` or `none`, see `Collection`.
+        **options: Fields of `TrackerConstants`; what is not given is what the weights carry, or the field's.
 
     Raises:
         InputError: If the module is no such network, or an option is out of range.
@@ -76,6 +74,7 @@ class Tracker:
     Attributes:
         last: The `Step` of the frame seen last; None before `init`.
         collection: The templates.
+        constants: What it goes by.
     """
 
     def __init__(
@@ -84,18 +83,11 @@ class Tracker:
             device: Union[str, torch.device, None] = None,
             *,
             template_update: str = 'collection',
-            max_templates: int = 4,
-            interval: int = 20,
-            min_reliability: float = 0.5,
-            max_similarity: float = 0.95,
-            window_influence: float = 0.49,
-            min_size: float = 10.,
+            **options: Any,
     ):
         if not isinstance(model, BACTrack):
             raise InputError(f'a {type(model).__name__} tracks nothing: give a BACTrack, such as bactrack_tiny')
-        if not 0 <= window_influence <= 1 or min_size <= 0:
-            raise InputError(
-                f'window_influence is {window_influence}, min_size {min_size}: give 0 to 1, and more than 0')
+        self.constants = TrackerConstants.of(model, options)
         self.device = choose_device(device)
         self.model = model.to(self.device).eval()
         cfg = pretrained_cfg_of(model)
@@ -104,9 +96,7 @@ class Tracker:
         rows, columns = model.grid_size
         window = np.outer(np.hanning(rows), np.hanning(columns)).ravel()
         self._window = torch.from_numpy(window).float().to(self.device)
-        self._influence, self._min_size = window_influence, min_size
-        self.collection = Collection(
-            model, self._prepare, template_update, max_templates, interval, min_reliability, max_similarity)
+        self.collection = Collection(model, self._prepare, template_update, self.constants)
         self.last: Optional[Step] = None
         self._fill = np.zeros(3)
 
@@ -138,12 +128,12 @@ class Tracker:
             raise RuntimeError('the tracker has no target yet: call init(image, box) first')
         pixels = as_image(image)
         height, width = pixels.shape[:2]
-        box = clip_box(self.last.box, width, height, self._min_size)  # the frame's size may have changed
+        box = clip_box(self.last.box, width, height, self.constants.min_size)  # the frame's size may have changed
         centre = (box[0] + box[2] / 2, box[1] + box[3] / 2)
         side = crop_side(box[2], box[3], SEARCH_FACTOR)
         found, confidence, reliability = self._search(
             crop(pixels, centre, side, self.model.img_size[0], self._fill))
-        box = clip_box(box_in_frame(found, centre, side), width, height, self._min_size)
+        box = clip_box(box_in_frame(found, centre, side), width, height, self.constants.min_size)
         number = self.last.frame + 1
         changed = self.collection.offer(reliability, number, lambda: self._template_crop(pixels, box))
         self.last = Step(number, box, confidence, reliability, len(self.collection.templates), changed)
@@ -155,7 +145,8 @@ class Tracker:
         x = self.model.encode_search(self._prepare(pixels), self.collection.cache)
         logits, boxes = self.model.forward_head(x)
         share = logits[0].float().softmax(-1)[:, 0]
-        best = int((share * (1 - self._influence) + self._window * self._influence).argmax())
+        influence = self.constants.window_influence
+        best = int((share * (1 - influence) + self._window * influence).argmax())
         chosen = boxes[:, best]
         reliability = self.model.discriminate(x, self.collection.cache, chosen).float().sigmoid()
         numbers = torch.cat([chosen[0].float(), share[best, None], reliability]).cpu().numpy()

@@ -17,6 +17,7 @@ from vishub.models.bactrack import TrackerOutput
 from vishub.tasks.base import pretrained_cfg_of
 from vishub.tasks.classification.training import describe_hardware
 from vishub.tasks.evaluation import recorded
+from vishub.tasks.tracking.constants import choose_constants
 from vishub.tasks.tracking.data import PairSamples, TrackingData, load_data
 from vishub.training.config import TrainConfig
 from vishub.training.freezing import rest_frozen
@@ -28,6 +29,7 @@ __all__ = ['TrackingRecipe', 'corners', 'positive_tokens', 'tracking_loss']
 
 _CE, _L1, _GIOU = 8.334, 5., 2.  # weights of TransT's loss
 _BACKGROUND = 1 / 16  # weight of a background token in the cross-entropy
+_CHOOSING = 16  # validation videos on which the tracker's constants are chosen
 
 
 def corners(boxes: torch.Tensor) -> torch.Tensor:
@@ -91,7 +93,8 @@ class TrackingRecipe(Recipe):
     network.
 
     Stage 2 trains the discriminator alone, from the weights of stage 1: binary cross-entropy of whether the box that
-    the network chooses shows the target (overlap of 0.5 at least). Half of the samples do not hold the target.
+    the network chooses shows the target (overlap of 0.5 at least). Half of the samples do not hold the target. Behind
+    it the tracker's constants are chosen on validation videos (`choose_constants`) and stored with the weights.
 
     Args:
         model: Name, e.g. `bactrack_tiny`.
@@ -295,6 +298,13 @@ class TrackingRecipe(Recipe):
         if self.initial is not None:
             training['started_from'] = {
                 'name': self.initial.resolve().name, **recorded(self.initial).get('training', {})}
+        if self.stage == 2 and self.data.val is not None:
+            videos = [self.data.val.video(index) for index in range(min(len(self.data.val), _CHOOSING))]
+            chosen, trials = choose_constants(
+                model, videos, next(model.parameters()).device,
+                report=logging.getLogger('vishub.training.main').info)
+            cfg['tracking'] = chosen
+            training['constants'] = {'validation_videos': len(videos), 'chosen': chosen, 'trials': trials}
         save_folder(model, folder, metrics={'training': training}, card={}, model_args=self.model_args)
         if self.stage == 2 and self.data.test is not None:
             from vishub.tasks.tracking.metrics import draw_pictures, evaluate
