@@ -22,7 +22,7 @@ from .pipelines import PIPELINES
 from .upload import file_input, uploaded
 from .work import RunningWork, Stopped, Work
 
-__all__ = ['EXAMPLE', 'build', 'segment']
+__all__ = ['EXAMPLE', 'build', 'segment', 'surfaces']
 
 TASK = 'volume_segmentation'
 NO_MODELS = 'No volume segmentation model has trained weights yet, so there is nothing to try here. ' \
@@ -35,8 +35,8 @@ _RUNNING = RunningWork()
 _MOST_PLANES = 40  # of each direction, evenly spread: more would make the page heavy
 _SIDE = 256
 
-# planes, volumes, mesh, facts, files, status, Stop button
-Outputs = Tuple[str, str, Any, str, Any, str, Any]
+# planes, volumes, facts, files, status, Stop button
+Outputs = Tuple[str, str, str, Any, str, Any]
 
 
 def segment(
@@ -70,7 +70,7 @@ def segment(
                 return f'Looking through {name} …' if total else f'Reading {name} …'
 
             for status, stop in _RUNNING.watch(work, request, doing):
-                yield (*(gr.skip() for _ in range(5)), status, stop)
+                yield (*(gr.skip() for _ in range(4)), status, stop)
             shown = work.result()
         except Stopped:
             shown = _page(notice('Stopped.'))
@@ -88,7 +88,8 @@ def _run(
     stem = name
     for suffix in ('.gz', '.nii', '.nrrd', '.zip', '.dcm'):
         stem = stem[:-len(suffix)] if stem.lower().endswith(suffix) else stem
-    files = [str(result.save(folder / f'{stem}.mask{suffix}')) for suffix in ('.nii.gz', '.glb', '.png')]
+    suffixes = ['.nii.gz', *(['.glb'] if any(result.volumes_ml.values()) else []), '.png']
+    files = [str(result.save(folder / f'{stem}.mask{suffix}')) for suffix in suffixes]
     facts = {
         'Model': chosen.name,
         'Voxels': ' × '.join(map(str, result.grid.shape)),
@@ -97,18 +98,26 @@ def _run(
     }
     found = [f'{label} {volume:,.1f} ml' for label, volume in result.volumes_ml.items() if volume]
     sentence = f'{name}: {", ".join(found) if found else "none of the classes was found"}. For research only.'
-    has_mesh = bool(found)
     return _page(
-        notice(' '.join([sentence, *result.warnings])), planes_html(result), volumes_html(result),
-        gr.Model3D(files[1] if has_mesh else None, visible=has_mesh), facts_html(facts), gr.File(files, visible=True))
+        notice(' '.join([sentence, *result.warnings])), planes_html(result), volumes_html(result), facts_html(facts),
+        gr.File(files, visible=True))
 
 
-def _page(
-        status: str, planes: str = '', volumes: str = '', mesh: Any = None, facts: str = '', files: Any = None,
-) -> Outputs:
+def _page(status: str, planes: str = '', volumes: str = '', facts: str = '', files: Any = None) -> Outputs:
     """The page at rest: what is not given is emptied."""
-    hidden = gr.Model3D(None, visible=False) if mesh is None else mesh
-    return planes, volumes, hidden, facts, files, status, gr.Button(interactive=False)
+    return planes, volumes, facts, files, status, gr.Button(interactive=False)
+
+
+def surfaces(files: Any) -> Any:
+    """The mesh among the files of a result, for its viewer, which is hidden if there is none.
+
+    Gradio's viewer stays empty when its value is set again while its script is being loaded (gradio 6.31; see
+    gradio-app/gradio issue 12158). What a generator yields last reaches the page twice, so this is an event of its own;
+    and showing a component that was not in the page sets it twice, so this one is hidden in it.
+    """
+    paths = [str(file) for file in (files if isinstance(files, list) else [files]) if file]
+    mesh = next((path for path in paths if path.endswith('.glb')), None)
+    return gr.Model3D(mesh, visible='hidden' if mesh is None else True)
 
 
 # A slider shows one figure of its own group; the opacity slider goes over all masks of the page.
@@ -197,17 +206,18 @@ def build(tab: gr.Tab) -> None:
             planes = gr.HTML(elem_id='vh-volume-planes')
             volumes = gr.HTML(elem_id='vh-volume-volumes')
             mesh = gr.Model3D(
-                label='Surfaces (drag to turn)', visible=False, interactive=False, height=320,
+                label='Surfaces (drag to turn)', visible='hidden', interactive=False, height=320,
                 clear_color=(0.96, 0.96, 0.97, 1.), elem_id='vh-volume-mesh')
             facts = gr.HTML(elem_id='vh-volume-facts')
-            files = gr.File(label='Download', visible=False, interactive=False, elem_id='vh-volume-files')
+            files = gr.File(
+                file_count='multiple', label='Download', visible=False, interactive=False, elem_id='vh-volume-files')
 
     # Raw values (preprocess=False): see upload.py. `always_last`: of several quick changes only the last one counts.
     gr.on(
         [scan.change, model.change, run.click],
-        segment, [scan, model, channel, mirror], [planes, volumes, mesh, facts, files, status, stop],
+        segment, [scan, model, channel, mirror], [planes, volumes, facts, files, status, stop],
         preprocess=False, show_progress='hidden', trigger_mode='always_last', api_visibility='private',
-    )
+    ).then(surfaces, files, mesh, show_progress='hidden', api_visibility='private')
     stop.click(_RUNNING.stop, queue=False, show_progress='hidden', api_visibility='private')
 
     example.click(lambda: str(EXAMPLE), None, scan, show_progress='hidden', api_visibility='private')
