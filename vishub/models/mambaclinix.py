@@ -718,7 +718,6 @@ def _cfg(n_stages: int, patch_size: Triple, **kwargs: Any) -> Dict[str, Any]:
 # Arguments of tags whose model is another than the plain architecture, and how a volume is prepared for it (see
 # `vishub/tasks/volume_segmentation/preprocessing.py`).
 _TAG_ARGS: Dict[str, Dict[str, Any]] = {
-    'mambaclinix_tiny.procedural': dict(patch_size=(32, 32, 32)),
 }
 _PREPROCESSING: Dict[str, Dict[str, Any]] = {
     'mambaclinix_tiny.procedural': {'intensity': 'zscore'},
@@ -731,7 +730,7 @@ default_cfgs = generate_default_cfgs({
     'mambaclinix_s7_aniso': _cfg(7, (48, 192, 192), min_input_size=(1, 32, 128, 128)),
     'mambaclinix_tiny': _cfg(4, (48, 48, 48), num_classes=3, min_input_size=(1, 16, 16, 16)),
     'mambaclinix_tiny.procedural': _cfg(
-        4, (32, 32, 32), num_classes=3, min_input_size=(1, 16, 16, 16), hf_hub_id='vishub/mambaclinix_tiny.procedural',
+        4, (48, 48, 48), num_classes=3, min_input_size=(1, 16, 16, 16), hf_hub_id='vishub/mambaclinix_tiny.procedural',
         label_names=('background', 'organ', 'tubes')),
 })
 
