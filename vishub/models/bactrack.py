@@ -662,7 +662,9 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 # Constants that a training run chose for its tracker (see `vishub/tasks/tracking/constants.py`).
-_TRACKING: Dict[str, Dict[str, Any]] = {}
+_TRACKING: Dict[str, Dict[str, Any]] = {
+    'bactrack_tiny.scenes': dict(interval=10, min_reliability=0.7, window_influence=0.7, max_similarity=0.98),
+}
 
 # The authors published neither code nor weights.
 default_cfgs = generate_default_cfgs({
