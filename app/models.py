@@ -4,13 +4,14 @@ import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import gradio as gr
 
 from vishub import InputError, catalog
 from vishub.hub import weights_folders
 from vishub.models.cost import count_parameters
+from vishub.tasks.base import pipeline_class
 
 __all__ = ['TrainedModel', 'build', 'choose', 'families_html', 'trained_models']
 
@@ -26,11 +27,13 @@ class TrainedModel:
         source: What a pipeline loads: `name`, or `local-dir:…` for weights that the catalogue does not have.
         label_names: Its classes, empty if the folder does not tell.
         summary: Data and metric in a few words, empty if unknown.
+        in_chans: Channels of its input.
     """
     name: str
     source: str
     label_names: Tuple[str, ...]
     summary: str
+    in_chans: int = 3
 
     @property
     def tag(self) -> str:
@@ -38,7 +41,10 @@ class TrainedModel:
 
 
 def trained_models(task: str) -> List[TrainedModel]:
-    """The models of a task whose weights are here (came with vishub, or lie in the folders of VISHUB_WEIGHTS)."""
+    """The models of a task whose weights are here (came with vishub, or lie in the folders of VISHUB_WEIGHTS).
+
+    The task's default model comes first, the others by name.
+    """
     of_task = {row.name for row in catalog.architectures(task)}
     rows = {row.name: row for row in catalog.weights()}
     models = []
@@ -47,8 +53,12 @@ def trained_models(task: str) -> List[TrainedModel]:
             continue
         row = rows.get(name)
         summary = f'Trained on {row.data}; {row.metric} {row.value:g} on its test split' if row else ''
-        models.append(TrainedModel(name, name if row else f'local-dir:{folder}', _label_names(folder), summary))
-    return models
+        config = _config(folder)
+        channels = (config.get('pretrained_cfg') or {}).get('input_size') or (3,)
+        models.append(TrainedModel(
+            name, name if row else f'local-dir:{folder}', tuple(config.get('label_names') or ()), summary, channels[0]))
+    default = pipeline_class(task).default_model
+    return sorted(models, key=lambda model: model.name != default)
 
 
 def choose(name: str, models: Sequence[TrainedModel]) -> TrainedModel:
@@ -63,12 +73,11 @@ def choose(name: str, models: Sequence[TrainedModel]) -> TrainedModel:
     raise InputError(f"There is no model '{name}' here: choose one from the list.")
 
 
-def _label_names(folder: Path) -> Tuple[str, ...]:
+def _config(folder: Path) -> Dict[str, Any]:
     try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        return tuple(config['label_names'])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
+        return dict(json.loads((folder / 'config.json').read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 _parameters = functools.cache(count_parameters)  # counted once, when the tab is first opened

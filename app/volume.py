@@ -4,7 +4,7 @@ import html
 import io
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import gradio as gr
 import numpy as np
@@ -62,7 +62,7 @@ def segment(
     with tempfile.TemporaryDirectory() as folder:  # Gradio has its own copies when this generator goes on
         try:
             path, name = uploaded(upload) or ('', '')
-            chosen = choose(model, trained_models(TASK))
+            chosen = choose(model, _models())
             number = None if channel is None else int(channel)
             work = Work(lambda progress: _run(chosen, path, name, number, mirror, Path(folder), progress))
 
@@ -178,6 +178,11 @@ def volumes_html(result: VolumeSegmentationResult) -> str:
            f'<tbody>{rows}</tbody></table>'
 
 
+def _models() -> List[TrainedModel]:
+    """Those of one channel: several are several files, which Python and the command line take."""
+    return [model for model in trained_models(TASK) if model.in_chans == 1]
+
+
 def _about(model: TrainedModel) -> str:
     text = f'{html.escape(model.summary)}. ' if model.summary else ''
     if model.tag == 'procedural':
@@ -187,7 +192,7 @@ def _about(model: TrainedModel) -> str:
 
 def build(tab: gr.Tab) -> None:
     """Add the tab's content to the Blocks around it."""
-    models = trained_models(TASK)
+    models = _models()
     if not models:
         gr.HTML(notice(NO_MODELS))
         return

@@ -1,6 +1,8 @@
-"""What every test shares: threads kept to the machine, no network, and the `gpu` and `browser` marks."""
+"""What every test shares: one thread a process, no network, and the `gpu` and `browser` marks."""
 import os
 
+# As `make test` has it: how sums are split over threads decides their last digits, and workers share the cores.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 # Nothing in the suite may reach out: a test that needs a Hub starts its own on loopback and says so.
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')

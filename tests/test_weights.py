@@ -60,6 +60,8 @@ def test_same_model_by_every_name(name):
                 vishub.create_model(name, pretrained=True),
         ):
             torch.testing.assert_close(model.eval()(*arguments), expected)
+            for key in ('tracking', 'preprocessing', 'patch_size'):  # what pipelines go by, of the tasks that have it
+                assert model.pretrained_cfg.get(key) == by_folder.pretrained_cfg.get(key), key
 
 
 def test_architecture_alone_takes_its_first_weights():

@@ -439,6 +439,15 @@ _WEIGHTS: Tuple[Weight, ...] = (
         licence='apache-2.0',
     ),
     Weight(
+        name='mambaclinix_tiny.brats13',
+        data='BraTS 2013 (6 patients)',
+        metric='dice',
+        value=0.5914,
+        sha256='9a7c75e161353585677c9cbfe1efe941fa40451376e1bab43cbb646bd6c9ab36',
+        size=3102786,
+        licence='cc-by-nc-sa-3.0',
+    ),
+    Weight(
         name='mambaclinix_tiny.procedural',
         data='procedural organ and tubes, 64^3',
         metric='dice',

@@ -217,6 +217,13 @@ def test_examples_suit_the_model(served_weights):
         assert chosen and all(example.data == tag for example in chosen)
 
 
+def test_the_default_model_of_a_task_comes_first(monkeypatch):
+    monkeypatch.delenv('VISHUB_WEIGHTS', raising=False)
+    names = [model.name for model in trained_models('volume_segmentation')]
+    assert names[0] == 'mambaclinix_tiny.procedural' and 'mambaclinix_tiny.brats13' in names
+    assert [model.in_chans for model in trained_models('volume_segmentation')][:2] == [1, 2]
+
+
 def test_without_weights_the_page_says_so(monkeypatch):
     tabs = [importlib.import_module(f'app.{tab.id}') for tab in TABS if tab.id != 'models']
     for tab in tabs:

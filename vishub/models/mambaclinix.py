@@ -718,9 +718,11 @@ def _cfg(n_stages: int, patch_size: Triple, **kwargs: Any) -> Dict[str, Any]:
 # Arguments of tags whose model is another than the plain architecture, and how a volume is prepared for it (see
 # `vishub/tasks/volume_segmentation/preprocessing.py`).
 _TAG_ARGS: Dict[str, Dict[str, Any]] = {
+    'mambaclinix_tiny.brats13': dict(in_chans=2),
 }
 _PREPROCESSING: Dict[str, Dict[str, Any]] = {
     'mambaclinix_tiny.procedural': {'intensity': 'zscore'},
+    'mambaclinix_tiny.brats13': {'intensity': 'zscore_nonzero', 'spacing': [2., 2., 2.]},
 }
 
 # The authors published no weights.
@@ -732,6 +734,10 @@ default_cfgs = generate_default_cfgs({
     'mambaclinix_tiny.procedural': _cfg(
         4, (48, 48, 48), num_classes=3, min_input_size=(1, 16, 16, 16), hf_hub_id='vishub/mambaclinix_tiny.procedural',
         label_names=('background', 'organ', 'tubes')),
+    'mambaclinix_tiny.brats13': _cfg(
+        4, (48, 48, 48), input_size=(2, 48, 48, 48), num_classes=3, min_input_size=(1, 16, 16, 16),
+        hf_hub_id='vishub/mambaclinix_tiny.brats13', license='cc-by-nc-sa-3.0',
+        label_names=('background', 'oedema', 'core')),
 })
 
 
