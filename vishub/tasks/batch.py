@@ -120,10 +120,16 @@ def predict_files(
                 outcome = error
             else:
                 if output is not None:
-                    _save(result, output, Path(path).stem, taken)
+                    _save(result, output, _stem(path), taken)
             if not parts:
                 bar.update(task, advance=1, visible=time.monotonic() - start > 2)
             yield path, outcome
+
+
+def _stem(path: Union[str, Path]) -> str:
+    """Name of a file without its ending; that of `scan.nii.gz` is `.nii.gz`."""
+    stem = Path(path).stem
+    return stem[:-4] if str(path).lower().endswith('.nii.gz') else stem
 
 
 def _save(result: Result, folder: Path, stem: str, taken: Set[str]) -> None:

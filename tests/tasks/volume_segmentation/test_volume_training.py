@@ -159,8 +159,8 @@ def test_command_line_trains_resumes_evaluates_and_predicts(tmp_path, monkeypatc
         'predict', f'local-dir:{folder}', tmp_path / 'scan.nii.gz', '--option', 'mirror=True', '--json',
         '--output', tmp_path / 'out'))
     assert results[0]['shape'] == [24, 24, 24]
-    assert sorted(''.join(path.suffixes[-2:]) for path in (tmp_path / 'out').iterdir()) == [
-        '.nii.gz', '.prediction.glb', '.prediction.json', '.prediction.png']
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [
+        f'scan.prediction{suffix}' for suffix in ('.glb', '.json', '.nii.gz', '.png')]
 
 
 def test_recipe_says_what_it_cannot_use():
