@@ -9,23 +9,20 @@ tensors take at most in a pass, above what is held before it. Weights are random
 """
 import argparse
 import functools
-import json
-import os
 import statistics
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
 import timm
 import torch
 from memory import peak_bytes
-from timing import clock_name, ratios, take_turns, timer
+from page import add_options, begin, write
+from timing import ratios, take_turns, timer
 from unet3d import FEATURES, PlainUNet
 
 import vishub  # noqa: F401  registers the models
 from vishub.models.cost import module_macs
 from vishub.models.layers.selective_scan import selective_scan
 
-RESULTS = Path(__file__).resolve().parent / 'results'
 NAME, PEER = 'mambaclinix_tiny', 'plain U-Net'
 
 
@@ -122,29 +119,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--sides', nargs='+', type=int, default=[64], metavar='N', help='sides of the cubes, in voxels')
     parser.add_argument('--lengths', nargs='+', type=int, default=[512, 4096], metavar='L')
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--threads', type=int, default=1, help='CPU threads')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--output', type=Path, default=RESULTS, metavar='DIR', help='folder of the table')
+    add_options(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    before = os.getloadavg()[0]
+    setting = begin(options)
     networks = measure_networks(options.sides, options.rounds, options.device, options.threads)
     scans = measure_scan(options.lengths, options.rounds, options.device, options.threads)
-    name = torch.cuda.get_device_name(options.device) if options.device.startswith('cuda') else options.device
-    setting = {
-        'device': name, 'clock': clock_name(options.device, options.threads), 'threads': options.threads,
-        'rounds': options.rounds, 'torch': torch.__version__,
-        'machine_load': f'{before:.1f} to {os.getloadavg()[0]:.1f}',
-    }
-    page = report(networks, scans, setting)
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / f'volume_segmentation_{options.device.partition(":")[0]}'
-    target.with_suffix('.md').write_text(page, encoding='utf-8')
-    content = json.dumps({**setting, 'networks': networks, 'scans': scans}, indent=2)
-    target.with_suffix('.json').write_text(f'{content}\n', encoding='utf-8')
-    print(page, end='')
-    print(f'written: {target}.md, .json')
+    told = setting()
+    write(options, 'volume_segmentation', report(networks, scans, told), {**told, 'networks': networks, 'scans': scans})
 
 
 if __name__ == '__main__':

@@ -10,8 +10,6 @@ gradients through the patch branch, where they vanish. Its 31.3 M parameters tha
 built: they take memory, no time. Both take turns.
 """
 import argparse
-import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 import timm
 import torch
 import torch.nn.functional as F
+from page import add_options, begin, write
 from timing import clock_name, ratios, take_turns, timer
 
 import vishub  # noqa: F401  registers the models
@@ -27,7 +26,6 @@ from vishub.models.conslide import mean_similarity_loss
 from vishub.tasks.slide_analysis.pipeline import SlideAnalysisPipeline
 from vishub.tasks.slide_analysis.procedural import draw_slide, write_pyramid
 
-RESULTS = Path(__file__).resolve().parent / 'results'
 Slide = Tuple[torch.Tensor, torch.Tensor]
 
 
@@ -124,30 +122,14 @@ def main() -> None:
     parser.add_argument('--weights', default='conslide_hit_tiny.procedural_he', help='for the whole way')
     parser.add_argument('--side', type=int, default=1024, help='of the slide, pixels')
     parser.add_argument('--regions', nargs='+', type=int, default=[16, 110], metavar='N')
-    parser.add_argument('--rounds', type=int, default=3)
-    parser.add_argument('--threads', type=int, default=1, help='CPU threads')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--output', type=Path, default=RESULTS, metavar='DIR', help='folder of the table')
+    add_options(parser, rounds=3)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    before = os.getloadavg()[0]
+    setting = begin(options)
     whole = end_to_end(SlideAnalysisPipeline(options.weights, options.device), options.side, options.rounds)
     print(f'{whole["patches_per_second"]:,.0f} patches a second', flush=True)
     rows = network(options.model, options.regions, options.rounds, options.device, options.threads)
-    name = torch.cuda.get_device_name(options.device) if options.device.startswith('cuda') else options.device
-    setting = {
-        'device': name, 'clock': f'{clock_name(options.device, options.threads)} (network)', 'threads': options.threads,
-        'rounds': options.rounds, 'torch': torch.__version__,
-        'machine_load': f'{before:.1f} to {os.getloadavg()[0]:.1f}',
-    }
-    page = report(whole, rows, setting)
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / f'slides_{options.device.partition(":")[0]}'
-    target.with_suffix('.md').write_text(page, encoding='utf-8')
-    content = json.dumps({**setting, 'end_to_end': whole, 'rows': rows}, indent=2)
-    target.with_suffix('.json').write_text(f'{content}\n', encoding='utf-8')
-    print(page, end='')
-    print(f'written: {target}.md, .json')
+    told = {**setting(), 'clock': f'{clock_name(options.device, options.threads)} (network)'}
+    write(options, 'slides', report(whole, rows, told), {**told, 'end_to_end': whole, 'rows': rows})
 
 
 if __name__ == '__main__':

@@ -9,19 +9,16 @@ a change of the collection costs: the new template's backbone, and the keys and 
 ResNet-50 features at the same stride and size. All contenders take turns. Weights are random, which costs the same.
 """
 import argparse
-import json
-import os
 import statistics
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
 import timm
 import torch
-from timing import clock_name, ratios, take_turns, timer
+from page import add_options, begin, write
+from timing import ratios, take_turns, timer
 
 import vishub  # noqa: F401  registers the models
 
-RESULTS = Path(__file__).resolve().parent / 'results'
 PEER = 'resnet50 features'
 
 
@@ -103,29 +100,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--models', nargs='+', default=['bactrack_tiny'])
     parser.add_argument('--templates', nargs='+', type=int, default=[1, 2, 4, 8], metavar='K')
-    parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--threads', type=int, default=1, help='CPU threads')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--output', type=Path, default=RESULTS, metavar='DIR', help='folder of the table')
+    add_options(parser, rounds=7)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    before = os.getloadavg()[0]
+    setting = begin(options)
     rows: List[Dict[str, Any]] = []
     for name in options.models:
         rows += measure(name, sorted(options.templates), options.rounds, options.device, options.threads)
-    device = torch.cuda.get_device_name(options.device) if options.device.startswith('cuda') else options.device
-    setting = {
-        'device': device, 'clock': clock_name(options.device, options.threads), 'threads': options.threads,
-        'rounds': options.rounds, 'torch': torch.__version__,
-        'machine_load': f'{before:.1f} to {os.getloadavg()[0]:.1f}',
-    }
-    page = report(rows, setting)
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / f'tracking_{options.device.partition(":")[0]}'
-    target.with_suffix('.md').write_text(page, encoding='utf-8')
-    target.with_suffix('.json').write_text(f'{json.dumps({**setting, "rows": rows}, indent=2)}\n', encoding='utf-8')
-    print(page, end='')
-    print(f'written: {target}.md, .json')
+    told = setting()
+    write(options, 'tracking', report(rows, told), {**told, 'rows': rows})
 
 
 if __name__ == '__main__':

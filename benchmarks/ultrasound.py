@@ -8,20 +8,16 @@ All contenders take turns; a row has the median over the rounds, and the time of
 row's, paired round by round. Both give the same logits. Weights are random, which costs the same as trained ones.
 """
 import argparse
-import json
-import os
 import statistics
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
 import timm
 import torch
-from timing import clock_name, ratios, take_turns, timer
+from page import add_options, begin, write
+from timing import ratios, take_turns, timer
 
 import vishub  # noqa: F401  registers the models
 from vishub.models.astr import clip_indices
-
-RESULTS = Path(__file__).resolve().parent / 'results'
 
 
 def contenders(
@@ -93,13 +89,9 @@ def main() -> None:
     parser.add_argument('--clip-size', type=int, default=3, help='frames T of a clip')
     parser.add_argument('--frames', type=int, default=12, help='frames of the video')
     parser.add_argument('--chunks', nargs='+', type=int, default=[1, 4], metavar='N')
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--threads', type=int, default=1, help='CPU threads')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--output', type=Path, default=RESULTS, metavar='DIR', help='folder of the table')
+    add_options(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    before = os.getloadavg()[0]
+    setting = begin(options)
     rows: List[Dict[str, Any]] = []
     for word in options.models:
         name, _, side = word.partition(':')
@@ -107,19 +99,8 @@ def main() -> None:
         rows += measure(
             name, pixels, options.clip_size, options.frames, options.chunks, options.rounds, options.device,
             options.threads)
-    device = torch.cuda.get_device_name(options.device) if options.device.startswith('cuda') else options.device
-    setting = {
-        'device': device, 'clock': clock_name(options.device, options.threads), 'threads': options.threads,
-        'frames': options.frames, 'rounds': options.rounds, 'torch': torch.__version__,
-        'machine_load': f'{before:.1f} to {os.getloadavg()[0]:.1f}',
-    }
-    page = report(rows, setting)
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / f'ultrasound_{options.device.partition(":")[0]}'
-    target.with_suffix('.md').write_text(page, encoding='utf-8')
-    target.with_suffix('.json').write_text(f'{json.dumps({**setting, "rows": rows}, indent=2)}\n', encoding='utf-8')
-    print(page, end='')
-    print(f'written: {target}.md, .json')
+    told = {**setting(), 'frames': options.frames}
+    write(options, 'ultrasound', report(rows, told), {**told, 'rows': rows})
 
 
 if __name__ == '__main__':

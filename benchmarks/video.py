@@ -8,22 +8,19 @@ All contenders take turns; a row has the median over the rounds, and the peer's 
 round. As in the paper a clip counts once, not its frames. Weights are random, which costs the same as trained ones.
 """
 import argparse
-import json
-import os
 import statistics
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
 import timm
 import torch
+from page import add_options, begin, write
 from simvp import PEERS, SimvpLike
-from timing import clock_name, ratios, take_turns, timer
+from timing import ratios, take_turns, timer
 
 import vishub  # noqa: F401  registers the models
 from vishub.models.cost import module_macs
 from vishub.models.predformer import ARRANGEMENTS
 
-RESULTS = Path(__file__).resolve().parent / 'results'
 PEER = 'simvp_like'
 
 
@@ -101,30 +98,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', nargs='+', default=['taxibj'], choices=list(PEERS))
     parser.add_argument('--batch-sizes', nargs='+', type=int, default=[1, 16], metavar='N')
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--threads', type=int, default=1, help='CPU threads')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--output', type=Path, default=RESULTS, metavar='DIR', help='folder of the table')
+    add_options(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    before = os.getloadavg()[0]
+    setting = begin(options)
     rows: List[Dict[str, Any]] = []
     for data in options.data:
         rows += measure(data, options.batch_sizes, options.rounds, options.device, options.threads)
-    name = torch.cuda.get_device_name(options.device) if options.device.startswith('cuda') else options.device
-    setting = {
-        'device': name, 'clock': clock_name(options.device, options.threads), 'threads': options.threads,
-        'rounds': options.rounds, 'torch': torch.__version__,
-        'machine_load': f'{before:.1f} to {os.getloadavg()[0]:.1f}',
-    }
-    page = report(rows, setting)
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / f'video_prediction_{options.device.partition(":")[0]}'
-    target.with_suffix('.md').write_text(page, encoding='utf-8')
-    content = json.dumps({**setting, 'rows': rows}, indent=2)
-    target.with_suffix('.json').write_text(f'{content}\n', encoding='utf-8')
-    print(page, end='')
-    print(f'written: {target}.md, .json')
+    told = setting()
+    write(options, 'video_prediction', report(rows, told), {**told, 'rows': rows})
 
 
 if __name__ == '__main__':

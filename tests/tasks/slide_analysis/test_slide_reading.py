@@ -195,6 +195,12 @@ def test_bad_tilings():
 
 # -- procedural slides ------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize('side', [512, 800])
+def test_sides_that_no_slide_can_have(side):
+    with pytest.raises(InputError, match=f'of {side} pixels cannot be drawn: its side is a multiple of 128, from 768'):
+        draw_slide('organ_a', 'rings', side=side)
+
+
 def test_slides_are_functions_of_their_numbers(drawn):
     again, lesions = draw_slide('organ_a', 'rings', 0, 'test', side=768)
     assert np.array_equal(again, drawn[0]) and lesions == drawn[1]

@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
-from vishub.errors import import_extra
+from vishub.errors import InputError, import_extra
 from vishub.files import atomic_path
 
 __all__ = ['CELL', 'LESION', 'MPP', 'ORGANS', 'PATCH', 'draw_slide', 'make_slides', 'write_pyramid']
@@ -30,6 +30,7 @@ PATCH, CELL, LESION = 16, 128, 64  # pixels: patch, region of 8 x 8 patches, les
 _LESION_SHARE = 0.35  # of the regions
 _BACKGROUND = 243
 _LEVELS = 4
+_LEAST_SIDE = 6 * CELL  # 14 regions have to find room inside the margin of one
 
 # Optical densities (R, G, B) of unit concentration: Ruifrok and Johnston 2001.
 _HAEMATOXYLIN, _EOSIN, _DAB = (0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78)
@@ -193,7 +194,13 @@ def draw_slide(
 
     Returns:
         uint8 (side, side, 3), and the lesions as (left, top, width, height) in pixels.
+
+    Raises:
+        InputError: If the side is another.
     """
+    if side < _LEAST_SIDE or side % CELL:
+        raise InputError(f'a slide of {side} pixels cannot be drawn: its side is a multiple of {CELL}, from '
+                         f'{_LEAST_SIDE} on')
     rng = _generator(seed, organ, label, split, number)
     kind = ORGANS[organ]
     cells = np.array(_regions(rng, side // CELL, int(rng.integers(6, 15))))
