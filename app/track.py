@@ -47,7 +47,7 @@ class Clip(NamedTuple):
 
 CLIPS: Tuple[Clip, ...] = tuple(
     Clip(FOLDER / 'tracks' / f'scene-{number}.mp4', box)
-    for number, box in enumerate(((34, 131, 27, 18), (83, 9, 25, 22), (129, 144, 31, 46)), 1))
+    for number, box in enumerate(((130, 132, 36, 21), (131, 61, 43, 37), (20, 45, 27, 26)), 1))
 
 
 def first_frame(upload: Optional[dict]) -> Tuple[Any, Any, Any, str]:
@@ -241,9 +241,9 @@ def build(tab: gr.Tab) -> None:
             facts = gr.HTML(elem_id='vh-track-facts')
             scores = plot_picture('Scores over time', 'vh-track-scores')
             templates = gr.Gallery(
-                label='Templates that joined the collection', columns=4, height='auto', allow_preview=False,
+                label='Templates that joined the collection', columns=3, height='auto', allow_preview=False,
                 object_fit='contain', buttons=[], interactive=False, visible=False, elem_id='vh-track-templates',
-            )
+                elem_classes='vh-thumbnails')
             files = gr.File(label='Download', visible=False, interactive=False, elem_id='vh-track-files')
 
     def clicked(event: gr.SelectData, shown: Any, corners: Any) -> Any:
