@@ -48,8 +48,9 @@ docs: $(STAMP)  ## build the documentation into artifacts/site, with warnings as
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo 'artifacts/site/index.html'
 
+# Those that can run by themselves: with a main, and without an option that must be given (a folder of a training run).
 benchmark: $(STAMP)  ## measure speed; tables and plots go to benchmarks/results
-	@for script in $(filter-out %/timing.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $$(grep -l '__main__' benchmarks/*.py | xargs grep -L 'required=True'); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # The browser tests drive the system's Chromium. Where the package manager may not be used the tests say what is missing.
 chromium:

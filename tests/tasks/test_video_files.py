@@ -3,7 +3,7 @@ import av
 import numpy as np
 import pytest
 
-from tests.tasks.video_files import grey, packets, with_sound
+from tests.tasks.video_files import grey, packets, sound_alone, with_sound
 from vishub import InputError
 from vishub.tasks.video import VideoWriter, read_video, video_info
 
@@ -81,12 +81,7 @@ def test_after_an_error_there_is_no_file(tmp_path):
 
 def test_what_is_no_video(tmp_path):
     (tmp_path / 'text.mp4').write_bytes(b'no video at all')
-    with av.open(str(tmp_path / 'tone.mp4'), 'w') as container:
-        sound = container.add_stream('aac', rate=8000, layout='mono')
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), 's16', 'mono')
-        frame.sample_rate = 8000
-        container.mux(sound.encode(frame))
-        container.mux(sound.encode())
+    sound_alone(tmp_path / 'tone.mp4')
     for name, message in (
             ('text.mp4', 'is not a video'), ('nowhere.mp4', 'does not exist'), ('tone.mp4', 'no picture, only audio')):
         with pytest.raises(InputError, match=message):

@@ -26,6 +26,17 @@ def with_sound(path, codec, seconds=1., rate=8000):
     return path
 
 
+def sound_alone(path):
+    """A second of silence, and no picture, in the container that the suffix says."""
+    with av.open(str(path), 'w') as container:
+        sound = container.add_stream('aac', rate=8000, layout='mono')
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), 's16', 'mono')
+        frame.sample_rate = 8000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    return path
+
+
 def packets(path):
     with av.open(str(path)) as container:
         return [bytes(packet) for packet in container.demux(container.streams.audio[0]) if packet.size]

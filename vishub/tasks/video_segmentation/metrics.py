@@ -265,7 +265,6 @@ def update_card(folder: Path, report: Mapping[str, Any]) -> None:
     into_card(folder, report)
 
 
-
 def _plot_geometries(report: Mapping[str, Any], path: Path) -> None:
     from vishub.tasks.classification.metrics import new_figure
 

@@ -283,4 +283,3 @@ def draw_pictures(folder: Path, data: VolumeData) -> List[Tuple[str, str]]:
     result: Any = pipe(data.test.source(0)[0])
     result.save(Path(folder) / 'segmentation.png')
     return [('segmentation.png', 'the first test volume, bare and with its mask')]
-
