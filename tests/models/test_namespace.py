@@ -128,3 +128,13 @@ def test_create_model_notes_its_arguments_for_saving():
     assert 'cache_dir' not in model._model_args
     tagged = timm.create_model('favit_b2.cifar10')
     assert tagged._model_args['window_size'] == 3
+
+
+def test_entries_that_timm_does_not_know_stay_with_the_model():
+    cfg = dict(timm.get_pretrained_cfg('favit_small64').to_dict(), house={'floor': 1})
+    model = timm.create_model('favit_small64', pretrained_cfg=cfg)
+    assert model.pretrained_cfg['house'] == model.default_cfg['house'] == {'floor': 1}
+    first, second = (timm.create_model('mambaclinix_tiny', pretrained_cfg='procedural') for _ in range(2))
+    assert first.pretrained_cfg['preprocessing'] == {'intensity': 'zscore'}
+    assert first.pretrained_cfg['preprocessing'] is not second.pretrained_cfg['preprocessing']
+    assert 'preprocessing' not in timm.create_model('mambaclinix_tiny').pretrained_cfg

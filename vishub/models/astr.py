@@ -672,8 +672,6 @@ def _own_name(name: str) -> str:
 def _create_astr(variant: str, pretrained: bool = False, **kwargs: Any) -> ASTR:
     if kwargs.pop('features_only', False):
         raise ValueError(f'{variant} takes clips: take the features from .backbone, or use forward_intermediates')
-    if isinstance(kwargs.get('pretrained_cfg'), dict):  # a stored one; timm's table has no num_frames
-        kwargs['pretrained_cfg'] = {k: v for k, v in kwargs['pretrained_cfg'].items() if k != 'num_frames'}
     if pretrained:
         kwargs['pretrained_backbone'] = False  # they come with the rest
     model = build_model(

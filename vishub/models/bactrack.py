@@ -619,17 +619,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return state_dict
 
 
-# Entries that timm's table of configurations does not have.
-_LATE_ENTRIES = ('template_size', 'tracking')
-
-
 def _create_bactrack(variant: str, pretrained: bool = False, **kwargs: Any) -> BACTrack:
     if kwargs.pop('features_only', False):
         raise RuntimeError(f'{_REFUSAL}; it gives no pyramid of features')
-    stored: Dict[str, Any] = {}
-    if isinstance(kwargs.get('pretrained_cfg'), dict):
-        stored = kwargs['pretrained_cfg']
-        kwargs['pretrained_cfg'] = {k: v for k, v in stored.items() if k not in _LATE_ENTRIES}
     num_classes = kwargs.pop('num_classes', None)
     if num_classes:
         raise ValueError(f'{_REFUSAL}; num_classes must be 0, not {num_classes}')
@@ -639,13 +631,11 @@ def _create_bactrack(variant: str, pretrained: bool = False, **kwargs: Any) -> B
         pretrained,
         default_cfgs=default_cfgs,
         pretrained_filter_fn=checkpoint_filter_fn,
+        tag_cfgs=_TAG_CFGS,
         **kwargs,
     )
-    cfg = dict(model.pretrained_cfg)
-    tagged = f'{variant}.{cfg["tag"]}' if cfg.get('tag') else variant
     model.pretrained_cfg = model.default_cfg = dict(
-        cfg, template_size=(model.in_chans, *model.template_size),
-        tracking=dict(stored.get('tracking') or _TRACKING.get(tagged, {})))
+        model.pretrained_cfg, template_size=(model.in_chans, *model.template_size))
     return model
 
 
@@ -662,8 +652,9 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 # Constants that a training run chose for its tracker (see `vishub/tasks/tracking/constants.py`).
-_TRACKING: Dict[str, Dict[str, Any]] = {
-    'bactrack_tiny.scenes': dict(interval=10, min_reliability=0.7, window_influence=0.7, max_similarity=0.98),
+_TAG_CFGS: Dict[str, Dict[str, Any]] = {
+    'bactrack_tiny.scenes': {
+        'tracking': dict(interval=10, min_reliability=0.7, window_influence=0.7, max_similarity=0.98)},
 }
 
 # The authors published neither code nor weights.

@@ -666,16 +666,11 @@ def _mixer_name(rest: str) -> str:
     return f'{stem}.{leaf}'
 
 
-# Entries of a configuration that timm must not see while it builds: an input has two axes for it, it would adapt a
-# first_conv to other channels as if that had two, and its table has no place for the others.
-_LATE_ENTRIES = ('input_size', 'first_conv', 'patch_size', 'divisor', 'preprocessing')
-
-
 def _create_mambaclinix(variant: str, pretrained: bool = False, **kwargs: Any) -> MambaClinix:
-    stored: Dict[str, Any] = {}
-    if isinstance(kwargs.get('pretrained_cfg'), dict):
-        stored = kwargs['pretrained_cfg']
-        kwargs['pretrained_cfg'] = {'input_size': None, **{k: v for k, v in stored.items() if k not in _LATE_ENTRIES}}
+    stored = kwargs.get('pretrained_cfg')
+    if isinstance(stored, dict):
+        # timm must not see them: an input has two axes for it, and it would adapt a convolution as if that had two
+        kwargs['pretrained_cfg'] = {**stored, 'input_size': None, 'first_conv': None}
         if stored.get('input_size'):
             kwargs.setdefault('in_chans', stored['input_size'][0])
     model = build_model(
@@ -686,14 +681,13 @@ def _create_mambaclinix(variant: str, pretrained: bool = False, **kwargs: Any) -
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=kwargs.pop('out_indices', None), feature_cls='getter'),
         tag_args=_TAG_ARGS,
+        tag_cfgs=_TAG_CFGS,
         **kwargs,
     )
     if isinstance(model, MambaClinix):
-        cfg = dict(model.pretrained_cfg)
-        tagged = f'{variant}.{cfg["tag"]}' if cfg.get('tag') else variant
         model.pretrained_cfg = model.default_cfg = dict(
-            cfg, input_size=(model.in_chans, *model.patch_size), first_conv='stem.conv', patch_size=model.patch_size,
-            divisor=model.divisor, preprocessing=dict(stored.get('preprocessing') or _PREPROCESSING.get(tagged, {})))
+            model.pretrained_cfg, input_size=(model.in_chans, *model.patch_size), first_conv='stem.conv',
+            patch_size=model.patch_size, divisor=model.divisor)
     return model
 
 
@@ -720,9 +714,9 @@ def _cfg(n_stages: int, patch_size: Triple, **kwargs: Any) -> Dict[str, Any]:
 _TAG_ARGS: Dict[str, Dict[str, Any]] = {
     'mambaclinix_tiny.brats13': dict(in_chans=2),
 }
-_PREPROCESSING: Dict[str, Dict[str, Any]] = {
-    'mambaclinix_tiny.procedural': {'intensity': 'zscore'},
-    'mambaclinix_tiny.brats13': {'intensity': 'zscore_nonzero', 'spacing': [2., 2., 2.]},
+_TAG_CFGS: Dict[str, Dict[str, Any]] = {
+    'mambaclinix_tiny.procedural': {'preprocessing': {'intensity': 'zscore'}},
+    'mambaclinix_tiny.brats13': {'preprocessing': {'intensity': 'zscore_nonzero', 'spacing': [2., 2., 2.]}},
 }
 
 # The authors published no weights.

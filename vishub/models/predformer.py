@@ -635,14 +635,10 @@ def _packed(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return out
 
 
-# Entries of a model's configuration that timm must not see while it builds: its table has no num_frames, and it would
-# adapt a first_conv to other channels as if that were a convolution (old versions to any number but 3).
-_LATE_ENTRIES = ('first_conv', 'num_frames')
-
-
 def _create_predformer(variant: str, pretrained: bool = False, **kwargs: Any) -> PredFormer:
-    if isinstance(kwargs.get('pretrained_cfg'), dict):  # a stored one
-        kwargs['pretrained_cfg'] = {k: v for k, v in kwargs['pretrained_cfg'].items() if k not in _LATE_ENTRIES}
+    if isinstance(kwargs.get('pretrained_cfg'), dict):
+        # timm would adapt it to other channels as if it were a convolution (old versions to any number but 3)
+        kwargs['pretrained_cfg'] = {k: v for k, v in kwargs['pretrained_cfg'].items() if k != 'first_conv'}
     num_classes = kwargs.pop('num_classes', None)
     if num_classes:
         raise ValueError(f'{variant} predicts frames and has no classes: num_classes must be 0, not {num_classes}')
