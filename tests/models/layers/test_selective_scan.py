@@ -158,7 +158,7 @@ def test_memory_is_that_of_chunks():
     (dict(A=-torch.rand(5, 4)), r'A must be real \(E, N\) with E = 6'),
     (dict(B=torch.rand(2, 3, 50)), 'B must be'),
     (dict(C=torch.rand(2, 4, 4, 50)), 'C must be'),
-    (dict(backend='cuda'), "backend must be 'chunked', 'triton' or 'mamba_ssm'"),
+    (dict(backend='cuda'), "backend must be 'chunked', 'cpp', 'triton' or 'mamba_ssm'"),
     (dict(u=torch.rand(2, 6, 0), delta=torch.rand(2, 6, 0)), 'the sequence is empty'),
 ])
 def test_bad_arguments(change, message):
@@ -186,7 +186,8 @@ def test_kernels_of_mamba_ssm_are_used_where_they_are(monkeypatch):
     monkeypatch.setattr(module, '_has_triton', lambda: False)
     module._mamba_ssm.cache_clear()
     try:
-        assert module._default_backend('cuda') == 'mamba_ssm' and module._default_backend('cpu') == 'chunked'
+        assert module._default_backend('cuda', torch.float32, 4) == 'mamba_ssm'
+        assert module._default_backend('cpu', torch.float32, 4) == 'chunked'
         inputs = arguments()
         torch.testing.assert_close(selective_scan(**inputs, backend='mamba_ssm'), selective_scan(**inputs))
         assert calls == [(2, 6, 50)]

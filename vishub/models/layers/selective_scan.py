@@ -12,6 +12,7 @@ The backward pass keeps the inputs and the states at the chunks' starts, and com
 """
 import functools
 import math
+import os
 from typing import Any, Callable, Optional, Tuple, Union
 
 import torch
@@ -52,27 +53,32 @@ def selective_scan(
         delta_bias: (E,), added to `delta`.
         delta_softplus: Pass `delta` through softplus (the identity above 20).
         return_last_state: Also return the state behind the last position (before D and z).
-        backend: `chunked` (PyTorch, any device), `triton` or `mamba_ssm` (CUDA, if installed). None takes the first on
-            the CPU, and on CUDA the first of triton, mamba_ssm, chunked that there is.
+        backend: `chunked` (PyTorch, any device), `cpp` (CPU, float32, up to 16 states; several times faster, but the
+            first use on a machine builds it, with a C++ compiler and within a minute), `triton` or `mamba_ssm` (CUDA,
+            if installed). None takes `chunked` on the CPU, or `cpp` where the environment says `VISHUB_SCAN=cpp` and
+            it can compute what is asked; on CUDA the first of triton, mamba_ssm, chunked that there is.
 
     Returns:
         y (B, E, L) in the type of `u`; with `return_last_state` also h (B, E, N) in float32.
 
     Raises:
         ValueError: If the shapes do not fit, or there is no such backend.
+        RuntimeError: If `cpp` is asked for and cannot be built.
     """
     if 2 in (B.ndim, C.ndim):
         B, C = _by_channel(B, u), _by_channel(C, u)
     _check(u, delta, A, B, C)
-    backend = backend or _default_backend(u.device.type)
+    backend = backend or _default_backend(u.device.type, u.dtype, A.shape[1])
     if backend == 'mamba_ssm':
         return _mamba_ssm()(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     if backend == 'triton':
         from vishub.models.layers.selective_scan_triton import scan
+    elif backend == 'cpp':
+        from vishub.models.layers.selective_scan_cpp import scan
     elif backend == 'chunked':
         scan = chunked_scan
     else:
-        raise ValueError(f"backend must be 'chunked', 'triton' or 'mamba_ssm', not {backend!r}")
+        raise ValueError(f"backend must be 'chunked', 'cpp', 'triton' or 'mamba_ssm', not {backend!r}")
 
     exact = torch.float64 if u.dtype == torch.float64 else torch.float32
     x, delta = u.to(exact), delta.to(exact)
@@ -132,10 +138,14 @@ def _check(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tenso
                 f'divisor of {dim}, and B and C alike, or (E, N); got {tuple(matrix.shape)}')
 
 
-def _default_backend(device_type: str) -> str:
-    if device_type != 'cuda':
-        return 'chunked'
-    return 'triton' if _has_triton() else 'mamba_ssm' if _mamba_ssm() is not None else 'chunked'
+def _default_backend(device_type: str, dtype: torch.dtype, num_states: int) -> str:
+    if device_type == 'cuda':
+        return 'triton' if _has_triton() else 'mamba_ssm' if _mamba_ssm() is not None else 'chunked'
+    if device_type == 'cpu' and os.environ.get('VISHUB_SCAN') == 'cpp':
+        from vishub.models.layers.selective_scan_cpp import MAX_STATES
+        if dtype != torch.float64 and num_states <= MAX_STATES:
+            return 'cpp'
+    return 'chunked'
 
 
 @functools.cache

@@ -1,0 +1,70 @@
+"""The scan in C++ against the PyTorch form. It needs g++, as `torch.compile` does; without one these tests fail."""
+import pytest
+import torch
+
+from tests.models.layers.compare_scans import compare, operands
+from vishub.models.layers import selective_scan as module
+from vishub.models.layers import selective_scan_cpp
+
+
+@pytest.mark.parametrize('shape', [
+    (2, 32, 8, 150, 1),  # more than two chunks of 64, and a part of one
+    (1, 36, 5, 64, 2),  # groups that are no multiple of 16 channels
+    (3, 3, 16, 1, 1),
+    (1, 130, 1, 65, 1),
+])
+def test_is_the_chunked_scan(shape):
+    compare(selective_scan_cpp.scan, shape)
+
+
+def test_long_decays_vanish():
+    """exp(-1000) is 0 to float32: the polynomial must not come out negative, infinite or not a number."""
+    u, delta, A, B, C = (x.detach() for x in operands(1, 16, 4, 80, 1))
+    y, last = selective_scan_cpp.scan(u, delta * 1000, A * 1000, B, C)
+    expected, expected_last = module.chunked_scan(u, delta * 1000, A * 1000, B, C)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(last, expected_last, rtol=1e-4, atol=1e-2)
+
+
+def test_the_environment_chooses_it(monkeypatch):
+    monkeypatch.setenv('VISHUB_SCAN', 'cpp')
+    assert module._default_backend('cpu', torch.float32, 8) == 'cpp'
+    assert module._default_backend('cpu', torch.bfloat16, 8) == 'cpp'
+    assert module._default_backend('cpu', torch.float64, 8) == 'chunked'
+    assert module._default_backend('cpu', torch.float32, 17) == 'chunked'
+    monkeypatch.delenv('VISHUB_SCAN')
+    assert module._default_backend('cpu', torch.float32, 8) == 'chunked'
+
+
+def test_keeps_states_only_for_gradients():
+    inputs = operands(1, 16, 4, 200, 1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        selective_scan_cpp.scan(*inputs)
+    assert 16 * 4 * 4 in kept  # before each of four chunks
+    with torch.no_grad():
+        by_position = [x.transpose(-1, -2).contiguous() for x in (*inputs[:2], *inputs[3:])]
+        assert selective_scan_cpp._forward(*by_position[:2], inputs[2], *by_position[2:], False)[2].numel() == 0
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_compiles_to_one_graph():
+    inputs = operands(1, 16, 4, 70, 1)
+    torch._dynamo.reset()
+    y, _ = torch.compile(selective_scan_cpp.scan, fullgraph=True, backend='aot_eager')(*inputs)
+    torch.testing.assert_close(y, selective_scan_cpp.scan(*inputs)[0])
+
+
+@pytest.mark.parametrize('change', [
+    lambda x: [x[0].double(), *x[1:]],
+    lambda x: operands(1, 16, 17, 10, 1),
+])
+def test_refuses_what_it_cannot(change):
+    with pytest.raises(ValueError, match="float32 on the CPU and up to 16 states.*use backend='chunked'"):
+        selective_scan_cpp.scan(*change(operands(1, 16, 4, 10, 1)))
+
+
+def test_says_what_to_install(monkeypatch):
+    monkeypatch.setenv('CXX', '/nowhere/c++')
+    with pytest.raises(RuntimeError, match="needs the compiler '/nowhere/c++'.*apt-get install g"):
+        selective_scan_cpp.build.__wrapped__()
