@@ -1,6 +1,6 @@
 """What deblurring costs: seconds and memory a megapixel, beside two peers.
 
-* the same model with its selective scans position by position (chunks of one sequence);
+* the same model with its selective scans position by position (chunks of one sequence), and in C++;
 * NAFNet-like convolution of the same MACs: a U-Net of `NafBlock`s as wide as that takes.
 
 Contenders take turns (timing.py). Memory is the peak of tensors that PyTorch's profiler saw, on the CPU, or of the
@@ -9,6 +9,7 @@ device's allocator on CUDA. Results: benchmarks/results/deblur.{json,md}.
 import argparse
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import Callable, Dict
@@ -72,6 +73,14 @@ def sequential(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def in_cpp(call: Callable[[], object]) -> Callable[[], object]:
+    """`call` with every scan in C++."""
+    def run() -> object:
+        with mock.patch.dict(os.environ, VISHUB_SCAN='cpp'):
+            return call()
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--model', nargs='+', default=['deeprftv2_tiny', 'deeprftv2_s'])
@@ -92,6 +101,7 @@ def main() -> None:
         calls: Dict[str, Callable[[], object]] = {name: lambda model=model: model(x)}
         if args.device == 'cpu':  # elsewhere the scan has kernels of its own
             calls[f'{name}, scan position by position'] = sequential(calls[name])
+            calls[f'{name}, scan in C++'] = in_cpp(calls[name])
         calls[f'NAF U-Net, width {peer.stem.out_channels}'] = lambda peer=peer: peer(x)
         with torch.inference_mode():
             seconds = take_turns(

@@ -78,15 +78,20 @@ def measure_scan(lengths: Sequence[int], rounds: int, device: str, threads: int)
         arguments = u, delta, A, B, C
         with torch.inference_mode():
             difference = (sequential_scan(*arguments) - selective_scan(*arguments)).abs().max()
-            seconds = take_turns({
-                'sequential': timer(functools.partial(sequential_scan, *arguments), device, threads),
-                'ours': timer(functools.partial(selective_scan, *arguments), device, threads),
-            }, rounds)
+            calls = {
+                'sequential': functools.partial(sequential_scan, *arguments),
+                'ours': functools.partial(selective_scan, *arguments)}
+            if device == 'cpu':
+                calls['cpp'] = functools.partial(selective_scan, *arguments, backend='cpp')
+            seconds = take_turns({name: timer(call, device, threads) for name, call in calls.items()}, rounds)
         faster = ratios(seconds['sequential'], seconds['ours'])
         rows.append({
             'length': length, 'sequential': statistics.median(seconds['sequential']),
             'ours': statistics.median(seconds['ours']), 'faster': statistics.median(faster),
             'faster_range': [min(faster), max(faster)], 'difference': float(difference)})
+        if 'cpp' in seconds:
+            rows[-1].update(cpp=statistics.median(seconds['cpp']),
+                            cpp_faster=statistics.median(ratios(seconds['ours'], seconds['cpp'])))
     return rows
 
 
@@ -106,12 +111,14 @@ def report(networks: Sequence[Dict[str, Any]], scans: Sequence[Dict[str, Any]], 
             f'| {row["seconds"]:.3f} | {row["to_peer"]:.2f} ({low:.2f} to {high:.2f}) '
             f'| {row["peak_bytes"] / 2 ** 20:,.0f} MiB |')
     lines += ['', '## Selective scan', '', '128 channels of 16 states, forward.', '',
-              '| length | position by position | ours | faster | largest difference |', '|---:|' + '---:|' * 4]
+              '| length | position by position | ours | faster | largest difference | in C++, faster than ours |',
+              '|---:|' + '---:|' * 5]
     for row in scans:
         low, high = row['faster_range']
         lines.append(
             f'| {row["length"]:,} | {row["sequential"]:.4f} s | {row["ours"]:.4f} s '
-            f'| {row["faster"]:.1f} ({low:.1f} to {high:.1f}) | {row["difference"]:.1e} |')
+            f'| {row["faster"]:.1f} ({low:.1f} to {high:.1f}) | {row["difference"]:.1e} '
+            + (f'| {row["cpp"]:.4f} s, {row["cpp_faster"]:.1f} |' if 'cpp' in row else '| – |'))
     return '\n'.join(lines) + '\n'
 
 

@@ -1,4 +1,4 @@
-"""The scan in C++ against the PyTorch form. It needs g++, as `torch.compile` does; without one these tests fail."""
+"""The scan in C++ against the PyTorch form. They need a C++ compiler, as `torch.compile` does."""
 import pytest
 import torch
 
@@ -37,11 +37,11 @@ def test_the_environment_chooses_it(monkeypatch):
 
 
 def test_keeps_states_only_for_gradients():
-    inputs = operands(1, 16, 4, 200, 1)
+    inputs = operands(1, 16, 8, 200, 1)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         selective_scan_cpp.scan(*inputs)
-    assert 16 * 4 * 4 in kept  # before each of four chunks
+    assert 16 * 8 * 4 in kept  # before each of four chunks
     with torch.no_grad():
         by_position = [x.transpose(-1, -2).contiguous() for x in (*inputs[:2], *inputs[3:])]
         assert selective_scan_cpp._forward(*by_position[:2], inputs[2], *by_position[2:], False)[2].numel() == 0
@@ -64,7 +64,25 @@ def test_refuses_what_it_cannot(change):
         selective_scan_cpp.scan(*change(operands(1, 16, 4, 10, 1)))
 
 
+def test_is_built_once_and_left_whole_where_building_fails(monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    selective_scan_cpp.build.__wrapped__()
+    library, = (tmp_path / 'vishub').iterdir()
+    built = library.stat().st_mtime_ns
+    selective_scan_cpp.build.__wrapped__()
+    assert library.stat().st_mtime_ns == built
+    monkeypatch.setenv('CXX', 'false')  # a compiler that only fails
+    with pytest.raises(RuntimeError, match="'false' could not build the scan"):
+        selective_scan_cpp.build.__wrapped__()
+    assert list((tmp_path / 'vishub').iterdir()) == [library]
+
+
+def test_leaves_denormal_numbers_alone():
+    selective_scan_cpp.build()
+    assert (torch.tensor(1e-40) * 1).item() != 0
+
+
 def test_says_what_to_install(monkeypatch):
     monkeypatch.setenv('CXX', '/nowhere/c++')
-    with pytest.raises(RuntimeError, match="needs the compiler '/nowhere/c++'.*apt-get install g"):
+    with pytest.raises(RuntimeError, match=r"needs the compiler '/nowhere/c\+\+'.*apt-get install g\+\+"):
         selective_scan_cpp.build.__wrapped__()

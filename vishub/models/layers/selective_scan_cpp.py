@@ -42,7 +42,10 @@ def build() -> ctypes.CDLL:
     compiler = os.environ.get('CXX', 'c++')
     if shutil.which(compiler) is None:
         raise RuntimeError(f"the scan in C++ needs the compiler '{compiler}', which is not there: apt-get install g++")
-    flags = ['-O3', '-march=native', '-ffast-math', '-std=c++14', '-shared', '-fPIC']
+    # sums may be taken in another order, so that they vectorise; -ffast-math itself would, when the library is loaded,
+    # turn off denormal numbers in the whole process
+    flags = ['-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros', '-fassociative-math',
+             '-std=c++14', '-shared', '-fPIC']
     if sys.platform == 'linux':  # elsewhere compilers may lack OpenMP, and the scan takes one thread
         flags.append('-fopenmp')
     source = importlib.resources.files('vishub.models.layers') / 'selective_scan_cpu.cpp'
