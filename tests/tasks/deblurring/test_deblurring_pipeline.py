@@ -195,6 +195,14 @@ def test_tiles_are_the_whole_picture_tile_by_tile():
     model.forward = forward
 
 
+@pytest.mark.parametrize('side, tiles', [(32, 4), (64, 1), (256, 1)])
+def test_tiles_follow_the_crops_of_training(side, tiles):
+    """Twice their side, a quarter of it shared: 112 pixels are two tiles of 64, or one of 112."""
+    model = timm.create_model(
+        'deeprftv2_tiny', depths=(1, 1, 1), num_columns=1, pretrained_cfg_overlay={'input_size': (3, side, side)})
+    assert DeblurringPipeline(model, 'cpu')(noise(112, 112, 3)).num_tiles == tiles
+
+
 def test_progress_list_and_cancel(pipe):
     calls = []
     pipe(noise(100, 60, 3), tile_size=64, tile_overlap=16, progress=lambda *count: calls.append(count))

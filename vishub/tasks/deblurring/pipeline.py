@@ -15,7 +15,7 @@ from vishub.errors import InputError
 from vishub.files import atomic_path
 from vishub.models.deeprftv2 import DIVISOR, MIN_SIZE, DeepRFTv2, half_size
 from vishub.tasks import drawing
-from vishub.tasks.base import Pipeline, Progress, Result
+from vishub.tasks.base import Pipeline, Progress, Result, pretrained_cfg_of
 from vishub.tasks.deblurring.photo import Photo, read_photo
 from vishub.tasks.deblurring.shake import to_linear
 from vishub.tasks.deblurring.tiling import mirrored, run_tiles
@@ -24,6 +24,8 @@ from vishub.tasks.video import VIDEO_SUFFIXES, VideoWriter, read_video, video_in
 
 __all__ = ['DeblurResult', 'DeblurringPipeline', 'VideoDeblurResult', 'blur_between']
 
+# The official code's tiles, for weights that were trained on crops of 256.
+_LARGEST_TILE = 512
 # Pixels around a tile that the half-size picture needs, so that it is a part of the whole one's.
 _MARGIN = 4
 _NUM_KERNELS = 16
@@ -200,8 +202,8 @@ class DeblurringPipeline(Pipeline):
     def __call__(
             self,
             image: Union[ImageInput, Sequence[ImageInput]],
-            tile_size: int = 512,
-            tile_overlap: int = 128,
+            tile_size: Optional[int] = None,
+            tile_overlap: Optional[int] = None,
             strength: float = 1.0,
             progress: Optional[Progress] = None,
     ) -> Any:
@@ -211,8 +213,10 @@ class DeblurringPipeline(Pipeline):
 
         Args:
             image: Anything that `vishub.tasks.images.decode_image` takes, or a list of such, or the path of a video.
-            tile_size: Side of the tiles in pixels, a multiple of 8, at least 24.
-            tile_overlap: Pixels that tiles share, a multiple of 8, at most half a tile.
+            tile_size: Side of the tiles in pixels, a multiple of 8, at least 24. None takes twice the side of the crops
+                that the weights were trained on, at most 512 (the official 512 for crops of 256): a network that takes
+                means and spectra over the picture does best near the size it knows.
+            tile_overlap: Pixels that tiles share, a multiple of 8, at most half a tile; None takes a quarter.
             strength: How much of the change is applied, 0 to 1.
             progress: Called with (tiles done, tiles in all); of a list and a video with (pictures done, all).
 
@@ -223,7 +227,7 @@ class DeblurringPipeline(Pipeline):
             InputError: If a picture cannot be decoded, or an option is out of range.
         """
         options: Dict[str, Any] = dict(tile_size=tile_size, tile_overlap=tile_overlap, strength=strength)
-        _check_options(**options)
+        self._checked(**options)
         if isinstance(image, (list, tuple)):
             return self.run_batches(image, lambda batch: [self(item, **options) for item in batch], 1, progress)
         if isinstance(image, (str, os.PathLike)) and Path(os.fsdecode(image)).suffix.lower() in VIDEO_SUFFIXES:
@@ -233,13 +237,13 @@ class DeblurringPipeline(Pipeline):
     def sharpen(
             self,
             photo: Photo,
-            tile_size: int = 512,
-            tile_overlap: int = 128,
+            tile_size: Optional[int] = None,
+            tile_overlap: Optional[int] = None,
             strength: float = 1.0,
             progress: Optional[Progress] = None,
     ) -> DeblurResult:
         """Sharpen a photograph that was read already; options as of a call."""
-        _check_options(tile_size, tile_overlap, strength)
+        tile_size, tile_overlap = self._checked(tile_size, tile_overlap, strength)
         height, width = photo.pixels.shape[:2]
         padded = [max(MIN_SIZE, math.ceil(length / DIVISOR) * DIVISOR) for length in (height, width)]
         out = photo.pixels.copy()
@@ -280,6 +284,24 @@ class DeblurringPipeline(Pipeline):
             model=self.name, latency_ms=latency_ms, num_params=self.num_params, num_tiles=num_tiles,
             warnings=photo.warnings)
 
+    def _checked(
+            self, tile_size: Optional[int], tile_overlap: Optional[int], strength: float) -> Tuple[int, int]:
+        """Tile size and overlap to use; raises InputError if an option is out of range."""
+        if tile_size is None:
+            trained_on = pretrained_cfg_of(self.model).get('input_size')
+            tile_size = min(_LARGEST_TILE, 2 * trained_on[1]) if trained_on else _LARGEST_TILE
+            tile_size = max(MIN_SIZE, tile_size // DIVISOR * DIVISOR)
+        if tile_overlap is None:
+            tile_overlap = tile_size // 4 // DIVISOR * DIVISOR
+        if tile_size % DIVISOR or tile_size < MIN_SIZE:
+            raise InputError(f'tile_size is {tile_size}: give a multiple of {DIVISOR}, at least {MIN_SIZE}')
+        if tile_overlap % DIVISOR or not 0 <= tile_overlap <= tile_size // 2:
+            raise InputError(
+                f'tile_overlap is {tile_overlap}: give a multiple of {DIVISOR} from 0 to half of tile_size')
+        if not 0 <= strength <= 1:
+            raise InputError(f'strength is {strength}: give 0 to 1')
+        return tile_size, tile_overlap
+
     def _run(self, given: torch.Tensor, want_kernels: bool) -> Tuple[torch.Tensor, Optional[np.ndarray]]:
         """A tile with its margin (1, 3, h, w) -> the sharp tile without it, and the strongest filters if wanted."""
         inner = given[..., _MARGIN:-_MARGIN, _MARGIN:-_MARGIN].contiguous()
@@ -296,8 +318,8 @@ class DeblurringPipeline(Pipeline):
     def video(
             self,
             video: Union[str, os.PathLike],
-            tile_size: int = 512,
-            tile_overlap: int = 128,
+            tile_size: Optional[int] = None,
+            tile_overlap: Optional[int] = None,
             strength: float = 1.0,
             progress: Optional[Progress] = None,
     ) -> VideoDeblurResult:
@@ -334,16 +356,6 @@ class DeblurringPipeline(Pipeline):
         assert first is not None  # read_video refuses a video without frames
         return VideoDeblurResult(
             path, writer.num_frames, info.size, info.fps, self.name, latency_ms, first, name, tuple(writer.warnings))
-
-
-def _check_options(tile_size: int, tile_overlap: int, strength: float) -> None:
-    if tile_size % DIVISOR or tile_size < MIN_SIZE:
-        raise InputError(f'tile_size is {tile_size}: give a multiple of {DIVISOR}, at least {MIN_SIZE}')
-    if tile_overlap % DIVISOR or not 0 <= tile_overlap <= tile_size // 2:
-        raise InputError(
-            f'tile_overlap is {tile_overlap}: give a multiple of {DIVISOR} from 0 to half of tile_size')
-    if not 0 <= strength <= 1:
-        raise InputError(f'strength is {strength}: give 0 to 1')
 
 
 def blur_between(sharp: np.ndarray, blurred: np.ndarray, size: int = 33, noise: float = 1e-3) -> np.ndarray:
