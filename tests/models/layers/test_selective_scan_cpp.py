@@ -52,7 +52,10 @@ def test_compiles_to_one_graph():
     inputs = operands(1, 16, 4, 70, 1)
     torch._dynamo.reset()
     y, _ = torch.compile(selective_scan_cpp.scan, fullgraph=True, backend='aot_eager')(*inputs)
-    torch.testing.assert_close(y, selective_scan_cpp.scan(*inputs)[0])
+    expected = selective_scan_cpp.scan(*inputs)[0]
+    torch.testing.assert_close(y, expected)
+    for one, other in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize('change', [
