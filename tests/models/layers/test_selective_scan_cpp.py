@@ -1,8 +1,11 @@
 """The scan in C++ against the PyTorch form. They need a C++ compiler, as `torch.compile` does."""
 import pytest
+import timm
 import torch
 
+import vishub  # noqa: F401  registers the models
 from tests.models.layers.compare_scans import compare, operands
+from vishub.errors import InputError
 from vishub.models.layers import selective_scan as module
 from vishub.models.layers import selective_scan_cpp
 
@@ -34,6 +37,25 @@ def test_the_environment_chooses_it(monkeypatch):
     assert module._default_backend('cpu', torch.float32, 17) == 'chunked'
     monkeypatch.delenv('VISHUB_SCAN')
     assert module._default_backend('cpu', torch.float32, 8) == 'chunked'
+    monkeypatch.setenv('VISHUB_SCAN', 'c++')
+    with pytest.raises(ValueError, match="VISHUB_SCAN is 'chunked' or 'cpp', not 'c\\+\\+'"):
+        module._default_backend('cpu', torch.float32, 8)
+
+
+def test_models_compute_with_it(monkeypatch):
+    """DeepRFTv2 gives the same picture and gradients by it, and it is what computed them."""
+    torch.manual_seed(0)
+    model = timm.create_model('deeprftv2_tiny', depths=(1, 1, 1), num_columns=1)
+    image, results, scan, calls = torch.rand(1, 3, 24, 32), [], selective_scan_cpp.scan, []
+    monkeypatch.setattr(selective_scan_cpp, 'scan', lambda *operands: calls.append(1) or scan(*operands))
+    for choice in ('chunked', 'cpp'):
+        assert not calls
+        monkeypatch.setenv('VISHUB_SCAN', choice)
+        output = model(image).full[-1]
+        results.append([output, *torch.autograd.grad(output.square().sum(), model.columns[0].stem.parameters())])
+    assert len(calls) == 8  # four levels of kernels on each of two scales
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_keeps_states_only_for_gradients():
@@ -75,9 +97,16 @@ def test_is_built_once_and_left_whole_where_building_fails(monkeypatch, tmp_path
     selective_scan_cpp.build.__wrapped__()
     assert library.stat().st_mtime_ns == built
     monkeypatch.setenv('CXX', 'false')  # a compiler that only fails
-    with pytest.raises(RuntimeError, match="'false' could not build the scan"):
+    with pytest.raises(InputError, match="'false' could not build the scan"):
         selective_scan_cpp.build.__wrapped__()
     assert list((tmp_path / 'vishub').iterdir()) == [library]
+
+
+def test_says_where_it_cannot_be_kept(monkeypatch, tmp_path):
+    (tmp_path / 'vishub').write_text('a file, not a folder')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    with pytest.raises(InputError, match='cannot be kept in .* set XDG_CACHE_HOME'):
+        selective_scan_cpp.build.__wrapped__()
 
 
 def test_leaves_denormal_numbers_alone():
@@ -87,5 +116,5 @@ def test_leaves_denormal_numbers_alone():
 
 def test_says_what_to_install(monkeypatch):
     monkeypatch.setenv('CXX', '/nowhere/c++')
-    with pytest.raises(RuntimeError, match=r"needs the compiler '/nowhere/c\+\+'.*apt-get install g\+\+"):
+    with pytest.raises(InputError, match=r"needs the compiler '/nowhere/c\+\+'.*apt-get install g\+\+"):
         selective_scan_cpp.build.__wrapped__()

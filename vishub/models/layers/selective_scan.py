@@ -54,16 +54,15 @@ def selective_scan(
         delta_softplus: Pass `delta` through softplus (the identity above 20).
         return_last_state: Also return the state behind the last position (before D and z).
         backend: `chunked` (PyTorch, any device), `cpp` (CPU, float32, up to 16 states; several times faster, but the
-            first use on a machine builds it, with a C++ compiler and within a minute), `triton` or `mamba_ssm` (CUDA,
-            if installed). None takes `chunked` on the CPU, or `cpp` where the environment says `VISHUB_SCAN=cpp` and
+            first use on a machine builds it, with a C++ compiler and in seconds), `triton` or `mamba_ssm` (CUDA, if
+            installed). None takes `chunked` on the CPU, or `cpp` where the environment says `VISHUB_SCAN=cpp` and
             it can compute what is asked; on CUDA the first of triton, mamba_ssm, chunked that there is.
 
     Returns:
         y (B, E, L) in the type of `u`; with `return_last_state` also h (B, E, N) in float32.
 
     Raises:
-        ValueError: If the shapes do not fit, or there is no such backend.
-        RuntimeError: If `cpp` is asked for and cannot be built.
+        ValueError: If the shapes do not fit, there is no such backend, or `cpp` cannot be built.
     """
     if 2 in (B.ndim, C.ndim):
         B, C = _by_channel(B, u), _by_channel(C, u)
@@ -141,7 +140,10 @@ def _check(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tenso
 def _default_backend(device_type: str, dtype: torch.dtype, num_states: int) -> str:
     if device_type == 'cuda':
         return 'triton' if _has_triton() else 'mamba_ssm' if _mamba_ssm() is not None else 'chunked'
-    if device_type == 'cpu' and os.environ.get('VISHUB_SCAN') == 'cpp':
+    wanted = os.environ.get('VISHUB_SCAN', 'chunked')
+    if wanted not in ('chunked', 'cpp'):
+        raise ValueError(f"the environment variable VISHUB_SCAN is 'chunked' or 'cpp', not {wanted!r}")
+    if device_type == 'cpu' and wanted == 'cpp':
         from vishub.models.layers.selective_scan_cpp import MAX_STATES
         if dtype != torch.float64 and num_states <= MAX_STATES:
             return 'cpp'

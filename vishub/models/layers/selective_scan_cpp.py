@@ -1,4 +1,4 @@
-"""The selective scan in C++ for processors, built on first use: the source is `selective_scan_cpu.cpp`.
+"""The selective scan in C++ for processors, built on first use: the source is `selective_scan.cpp`.
 
 The recurrence runs position by position, for sixteen channels at once, whose states stay in registers; sequences,
 groups and blocks of channels run in parallel. The backward pass keeps the state before every 64th position and
@@ -21,6 +21,7 @@ from typing import Any, Tuple
 import torch
 import torch.nn.functional as F
 
+from vishub.errors import InputError
 from vishub.files import atomic_path
 
 __all__ = ['MAX_STATES', 'build', 'scan']
@@ -37,31 +38,38 @@ def build() -> ctypes.CDLL:
     changes with the source, the compiler and the processor.
 
     Raises:
-        RuntimeError: If there is no compiler, or it fails.
+        InputError: If there is no compiler, it fails, or the cache cannot be written.
     """
     compiler = os.environ.get('CXX', 'c++')
     if shutil.which(compiler) is None:
-        raise RuntimeError(f"the scan in C++ needs the compiler '{compiler}', which is not there: apt-get install g++")
+        raise InputError(
+            f"the scan in C++ (VISHUB_SCAN=cpp) needs the compiler '{compiler}', which is not there: "
+            'apt-get install g++')
     # sums may be taken in another order, so that they vectorise; -ffast-math itself would, when the library is loaded,
     # turn off denormal numbers in the whole process
     flags = ['-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fno-signed-zeros', '-fassociative-math',
              '-std=c++14', '-shared', '-fPIC']
     if sys.platform == 'linux':  # elsewhere compilers may lack OpenMP, and the scan takes one thread
         flags.append('-fopenmp')
-    source = importlib.resources.files('vishub.models.layers') / 'selective_scan_cpu.cpp'
+    source = importlib.resources.files('vishub.models.layers') / 'selective_scan.cpp'
     # what -march=native means here
     target = subprocess.run(
         [compiler, *flags, '-E', '-dM', '-x', 'c++', os.devnull], capture_output=True, check=False).stdout
     name = hashlib.sha256(source.read_bytes() + target + ' '.join([compiler, *flags]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'vishub'
     library = cache / f'selective_scan.{name}.so'
-    if not library.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
+    if library.is_file():
+        return ctypes.CDLL(str(library))
+    try:
         with importlib.resources.as_file(source) as path, atomic_path(library) as unfinished:
             outcome = subprocess.run(
                 [compiler, *flags, str(path), '-o', str(unfinished)], capture_output=True, text=True, check=False)
             if outcome.returncode:
-                raise RuntimeError(f"'{compiler}' could not build the scan in C++:\n{outcome.stderr[-2000:]}")
+                raise InputError(f"'{compiler}' could not build the scan in C++:\n{outcome.stderr[-2000:]}")
+    except OSError as error:
+        raise InputError(
+            f"the scan in C++ cannot be kept in '{cache}' ({error}): set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
     return ctypes.CDLL(str(library))
 
 
@@ -89,8 +97,8 @@ def scan(
     state (B, E, N).
 
     Raises:
-        ValueError: If the tensors are not float32 on the CPU, or there are more than 16 states.
-        RuntimeError: If it cannot be built.
+        ValueError: If the tensors are not float32 on the CPU, or there are more than 16 states; InputError, which is
+            one, if it cannot be built.
     """
     num_states = A.shape[1]
     if u.dtype != torch.float32 or u.device.type != 'cpu' or num_states > MAX_STATES:
