@@ -38,7 +38,7 @@ def test_the_environment_chooses_it(monkeypatch):
     monkeypatch.delenv('VISHUB_SCAN')
     assert module._default_backend('cpu', torch.float32, 8) == 'chunked'
     monkeypatch.setenv('VISHUB_SCAN', 'c++')
-    with pytest.raises(ValueError, match="VISHUB_SCAN is 'chunked' or 'cpp', not 'c\\+\\+'"):
+    with pytest.raises(InputError, match="VISHUB_SCAN is 'chunked' or 'cpp', not 'c\\+\\+'"):
         module._default_backend('cpu', torch.float32, 8)
 
 

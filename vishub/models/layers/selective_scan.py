@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vishub.errors import InputError
+
 __all__ = ['chunk_length', 'reset_scan_parameters', 'selective_scan']
 
 # Floats of the states that the backward pass holds at once; longer sequences go through it in groups of chunks.
@@ -142,7 +144,7 @@ def _default_backend(device_type: str, dtype: torch.dtype, num_states: int) -> s
         return 'triton' if _has_triton() else 'mamba_ssm' if _mamba_ssm() is not None else 'chunked'
     wanted = os.environ.get('VISHUB_SCAN', 'chunked')
     if wanted not in ('chunked', 'cpp'):
-        raise ValueError(f"the environment variable VISHUB_SCAN is 'chunked' or 'cpp', not {wanted!r}")
+        raise InputError(f"the environment variable VISHUB_SCAN is 'chunked' or 'cpp', not {wanted!r}")
     if device_type == 'cpu' and wanted == 'cpp':
         from vishub.models.layers.selective_scan_cpp import MAX_STATES
         if dtype != torch.float64 and num_states <= MAX_STATES:
